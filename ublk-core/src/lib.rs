@@ -1,0 +1,3 @@
+//! Serve Linux block devices from userspace.
+
+pub mod uapi;
