@@ -1,0 +1,182 @@
+//! A worker's ring: 64-byte entries, a sparse table of registered files, and the setup flags that this
+//! kernel has.
+//!
+//! The ring is made, entered and read by one thread; it may be *dropped* by another, which is how a device
+//! is taken from a worker that is stuck in its user's code. That is why the ring's own descriptor is not
+//! registered with the thread (`IORING_REGISTER_RING_FDS`): the registration could not be undone from
+//! outside, and would keep the ring, and with it the device, open.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::{EnterFlags, IoUring, cqueue, squeue};
+
+use crate::error::{Errno, Error, ErrorKind, Result};
+use crate::sys::fork::Listed;
+
+/// How large a ring is asked for. The kernel rounds up to powers of two.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Size {
+    /// Entries of the submission queue: what one `io_uring_enter` can hand over. At most 32,768.
+    pub(crate) submissions: u32,
+    /// Entries of the completion queue: commands that may be in flight. At most 65,536.
+    pub(crate) completions: u32,
+    /// Places in the table of registered files.
+    pub(crate) files: u32,
+}
+
+pub(crate) struct WorkerRing {
+    ring: Listed<IoUring>,
+    /// Completions are delivered only inside an enter that asks for them.
+    deferred: bool,
+    enters: u64,
+}
+
+/// Why an entry was not taken: the submission queue is full until the next enter.
+#[derive(Debug)]
+pub(crate) struct Full;
+
+#[derive(Clone, Copy)]
+struct Setup {
+    no_sqarray: bool,
+    deferred: bool,
+    single_issuer: bool,
+    coop: bool,
+}
+
+/// Best first. NO_SQARRAY came with 6.6, DEFER_TASKRUN with 6.1, SINGLE_ISSUER with 6.0, COOP_TASKRUN with
+/// 5.19; an unknown flag is EINVAL.
+const SETUPS: [Setup; 5] = [
+    Setup { no_sqarray: true, deferred: true, single_issuer: true, coop: true },
+    Setup { no_sqarray: false, deferred: true, single_issuer: true, coop: true },
+    Setup { no_sqarray: false, deferred: false, single_issuer: true, coop: true },
+    Setup { no_sqarray: false, deferred: false, single_issuer: false, coop: true },
+    Setup { no_sqarray: false, deferred: false, single_issuer: false, coop: false },
+];
+
+impl WorkerRing {
+    /// Makes a ring for the calling thread.
+    pub(crate) fn new(size: Size) -> Result<Self> {
+        let mut last = Errno::EINVAL;
+        for setup in SETUPS {
+            match Self::try_setup(size, setup) {
+                Ok(ring) => {
+                    let this = WorkerRing { ring, deferred: setup.deferred, enters: 0 };
+                    this.ring.submitter().register_files_sparse(size.files).map_err(|e| {
+                        Error::new(ErrorKind::TooMany, "register a table of files with io_uring")
+                            .with_source(e)
+                            .remedy_is("raise the limit of open files (ulimit -n)")
+                    })?;
+                    return Ok(this);
+                }
+                Err(errno) if errno == Errno::EINVAL => last = errno,
+                Err(errno) => return Err(super::setup_error(errno)),
+            }
+        }
+        Err(super::setup_error(last))
+    }
+
+    fn try_setup(size: Size, setup: Setup) -> std::result::Result<Listed<IoUring>, Errno> {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_submit_all().setup_cqsize(size.completions);
+        if setup.no_sqarray {
+            builder.setup_no_sqarray();
+        }
+        if setup.deferred {
+            builder.setup_defer_taskrun();
+        }
+        if setup.single_issuer {
+            builder.setup_single_issuer();
+        }
+        if setup.coop {
+            builder.setup_coop_taskrun();
+            if !setup.deferred {
+                builder.setup_taskrun_flag();
+            }
+        }
+        Listed::make(|| builder.build(size.submissions)).map_err(Errno::from)
+    }
+
+    /// Puts an entry into the submission queue; the next [`enter`](Self::enter) hands it to the kernel.
+    ///
+    /// # Safety
+    ///
+    /// Every address in the entry must stay valid until its completion, for what the operation does with it.
+    pub(crate) unsafe fn push(&mut self, entry: &squeue::Entry) -> std::result::Result<(), Full> {
+        // SAFETY: the caller's promise.
+        unsafe { self.ring.submission().push(entry) }.map_err(|_| Full)
+    }
+
+    /// Hands the queued entries to the kernel, and waits until at least `want` completions are there.
+    ///
+    /// An interruption ends the wait early. The entries that the kernel did not take stay queued.
+    pub(crate) fn enter(&mut self, want: u32) -> Result<()> {
+        let queued = self.ring.submission().len() as u32;
+        // Deferred completions are delivered by GETEVENTS only, and so is an overflow of the completion
+        // queue.
+        let flags = EnterFlags::GETEVENTS.bits();
+        self.enters += 1;
+        // SAFETY: no argument structure is passed; the entries' validity is `push`'s contract.
+        let entered = unsafe {
+            self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None)
+        };
+        match entered.map_err(Errno::from) {
+            Ok(_) => Ok(()),
+            // EBUSY: completions wait for room, which the caller is about to make. EAGAIN: no memory for a
+            // request at the moment; the entries stay and the next turn tries again.
+            Err(Errno::EINTR | Errno::EBUSY | Errno::EAGAIN) => Ok(()),
+            Err(errno) => Err(Error::new(ErrorKind::WorkerDied, "wait in the worker's ring")
+                .with_errno(errno)
+                .because("io_uring_enter failed")),
+        }
+    }
+
+    /// Whether an enter that does not wait could bring completions that [`reap`](Self::reap) does not see.
+    pub(crate) fn delivers_only_in_enter(&self) -> bool {
+        self.deferred
+    }
+
+    /// Calls `f(user_data, result, flags)` for each completion that has arrived.
+    pub(crate) fn reap(&mut self, mut f: impl FnMut(u64, i32, u32)) {
+        for completion in self.ring.completion() {
+            let completion: cqueue::Entry = completion;
+            f(completion.user_data(), completion.result(), completion.flags());
+        }
+    }
+
+    /// Puts a descriptor into the table of registered files.
+    pub(crate) fn register_file(&mut self, index: u32, fd: RawFd) -> Result<(), Errno> {
+        match self.ring.submitter().register_files_update(index, &[fd]) {
+            Ok(1) => Ok(()),
+            Ok(_) => Err(Errno::EBADF),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Takes a descriptor out of the table.
+    pub(crate) fn unregister_file(&mut self, index: u32) {
+        // Fails only for an index outside of the table, which `register_file` would have refused.
+        let _ = self.ring.submitter().register_files_update(index, &[-1]);
+    }
+
+    /// Room in the submission queue.
+    pub(crate) fn room(&mut self) -> usize {
+        let queue = self.ring.submission();
+        queue.capacity() - queue.len()
+    }
+
+    /// Commands that may be in flight without overflowing the completion queue.
+    pub(crate) fn completions(&self) -> u32 {
+        self.ring.params().cq_entries()
+    }
+
+    /// How often the kernel was entered.
+    pub(crate) fn enters(&self) -> u64 {
+        self.enters
+    }
+}
+
+impl AsRawFd for WorkerRing {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
+    }
+}

@@ -1,0 +1,295 @@
+//! A slot: what a tag's current request and the worker share.
+//!
+//! The phase of a slot says who may touch its buffer:
+//!
+//! | phase    | buffer belongs to                | leaves it                                     |
+//! |----------|----------------------------------|-----------------------------------------------|
+//! | `Kernel` | the kernel and the worker        | `issue`, by the worker, when a request arrives |
+//! | `Owned`  | the one [`Request`] that was issued | `finish`, by the request; `revoke`, by the worker |
+//! | `Done`   | the worker                       | `recycle`, by the worker, when it commits     |
+//! | `Revoked`| the request, until it is dropped | never                                         |
+//!
+//! `finish` and `revoke` are compare-and-swaps on one word that also carries the result, so exactly one
+//! of them wins. A revoked slot is never used again: the worker gives the tag a new one with new memory,
+//! the old lives as long as somebody holds it, and a late `finish` is told so.
+//!
+//! [`Request`]: crate::Request
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use super::handoff::{Link, Linked};
+use super::mailbox::Mailbox;
+use crate::error::Errno;
+use crate::sys::clock::Stamp;
+use crate::sys::memory::Region;
+
+/// A tag's data memory: a part of a region that is kept alive by it.
+pub(crate) struct Buffer {
+    region: Arc<Region>,
+    at: usize,
+    len: u32,
+}
+
+impl Buffer {
+    pub(crate) fn new(region: Arc<Region>, at: usize, len: u32) -> Self {
+        assert!(at + len as usize <= region.len());
+        Buffer { region, at, len }
+    }
+
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.region.at(self.at)
+    }
+
+    pub(crate) fn len(&self) -> u32 {
+        self.len
+    }
+
+    pub(crate) fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
+    pub(crate) fn offset(&self) -> usize {
+        self.at
+    }
+}
+
+/// Where a slot belongs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) device: u32,
+    pub(crate) queue: u16,
+    pub(crate) tag: u16,
+    /// The worker's own number for the queue.
+    pub(crate) key: u32,
+}
+
+/// How a request ended, as the worker finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// What is committed, where it is not an error: bytes of a read or write, 0 of the rest.
+    pub(crate) result: Result<u32, Errno>,
+    /// The request was dropped and not completed.
+    pub(crate) dropped: bool,
+    /// Somebody still sees the buffer: the tag needs another.
+    pub(crate) keeps_buffer: bool,
+}
+
+const PHASE: u64 = 0b11;
+const KERNEL: u64 = 0;
+const OWNED: u64 = 1;
+const DONE: u64 = 2;
+const REVOKED: u64 = 3;
+const DROPPED: u64 = 1 << 2;
+const KEEPS_BUFFER: u64 = 1 << 3;
+
+fn encode(outcome: Outcome) -> u64 {
+    let result: i32 = match outcome.result {
+        Ok(bytes) => i32::try_from(bytes).unwrap_or(i32::MAX),
+        Err(errno) => -errno.raw(),
+    };
+    let mut word = DONE | u64::from(result.cast_unsigned()) << 32;
+    if outcome.dropped {
+        word |= DROPPED;
+    }
+    if outcome.keeps_buffer {
+        word |= KEEPS_BUFFER;
+    }
+    word
+}
+
+/// See the module's text.
+pub(crate) struct Slot {
+    /// Phase, flags and result in one word.
+    state: AtomicU64,
+    link: Link<Slot>,
+    place: Place,
+    buffer: Buffer,
+    mailbox: Arc<Mailbox>,
+    /// When the request arrived; 0 while the tag is with the kernel.
+    started: AtomicU64,
+    /// Ring operations in flight on the buffer. The worker commits only at zero.
+    operations: AtomicU32,
+}
+
+impl Linked for Slot {
+    fn link(&self) -> &Link<Self> {
+        &self.link
+    }
+}
+
+impl Slot {
+    pub(crate) fn new(place: Place, buffer: Buffer, mailbox: Arc<Mailbox>) -> Arc<Self> {
+        Arc::new(Slot {
+            state: AtomicU64::new(KERNEL),
+            link: Link::new(),
+            place,
+            buffer,
+            mailbox,
+            started: AtomicU64::new(0),
+            operations: AtomicU32::new(0),
+        })
+    }
+
+    pub(crate) fn place(&self) -> Place {
+        self.place
+    }
+
+    pub(crate) fn buffer(&self) -> &Buffer {
+        &self.buffer
+    }
+
+    pub(crate) fn mailbox(&self) -> &Arc<Mailbox> {
+        &self.mailbox
+    }
+
+    /// The worker hands the slot to a new request. False if the slot is not the kernel's, which would be a
+    /// second request on the same tag.
+    #[must_use]
+    pub(crate) fn issue(&self, now: Stamp) -> bool {
+        let issued =
+            self.state.compare_exchange(KERNEL, OWNED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        if issued {
+            self.started.store(now.raw(), Ordering::Relaxed);
+        }
+        issued
+    }
+
+    /// The request ends. False if it was revoked before.
+    #[must_use]
+    pub(crate) fn finish(&self, outcome: Outcome) -> bool {
+        // Release: what the request wrote to the buffer is visible to the worker that sees `Done`.
+        self.state
+            .compare_exchange(OWNED, encode(outcome), Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// The worker takes the tag away from its request. False if the request ended before, or there is none.
+    #[must_use]
+    pub(crate) fn revoke(&self) -> bool {
+        let revoked = self
+            .state
+            .compare_exchange(OWNED, REVOKED, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok();
+        if revoked {
+            self.started.store(0, Ordering::Relaxed);
+        }
+        revoked
+    }
+
+    /// How the request ended; `None` unless it did.
+    pub(crate) fn outcome(&self) -> Option<Outcome> {
+        let word = self.state.load(Ordering::Acquire);
+        if word & PHASE != DONE {
+            return None;
+        }
+        let result = (word >> 32) as u32;
+        let result = result.cast_signed();
+        Some(Outcome {
+            result: match Errno::from_result(result) {
+                Some(errno) => Err(errno),
+                None => Ok(result.cast_unsigned()),
+            },
+            dropped: word & DROPPED != 0,
+            keeps_buffer: word & KEEPS_BUFFER != 0,
+        })
+    }
+
+    /// The worker gives the tag back to the kernel.
+    pub(crate) fn recycle(&self) {
+        debug_assert_eq!(self.state.load(Ordering::Relaxed) & PHASE, DONE);
+        self.started.store(0, Ordering::Relaxed);
+        self.state.store(KERNEL, Ordering::Release);
+    }
+
+    /// Whether a request is out and not finished.
+    pub(crate) fn is_owned(&self) -> bool {
+        self.state.load(Ordering::Acquire) & PHASE == OWNED
+    }
+
+    /// Whether the kernel and the worker alone may touch the buffer.
+    pub(crate) fn is_with_kernel(&self) -> bool {
+        self.state.load(Ordering::Acquire) & PHASE == KERNEL
+    }
+
+    /// When the request that is out arrived.
+    pub(crate) fn started(&self) -> Option<Stamp> {
+        Stamp::from_raw(self.started.load(Ordering::Relaxed))
+    }
+
+    /// A ring operation on the buffer begins. The worker's thread only.
+    pub(crate) fn begin_operation(&self) {
+        self.operations.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// A ring operation on the buffer ended. Returns how many go on.
+    pub(crate) fn end_operation(&self) -> u32 {
+        self.operations.fetch_sub(1, Ordering::AcqRel) - 1
+    }
+
+    /// Ring operations in flight on the buffer.
+    pub(crate) fn operations(&self) -> u32 {
+        self.operations.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::memory::Backing;
+
+    fn slot() -> Arc<Slot> {
+        let region = Arc::new(Region::new(4096, Backing::default()).unwrap());
+        let place = Place { device: 0, queue: 0, tag: 0, key: 0 };
+        Slot::new(place, Buffer::new(region, 0, 4096), Mailbox::detached())
+    }
+
+    fn outcome(result: Result<u32, Errno>) -> Outcome {
+        Outcome { result, dropped: false, keeps_buffer: false }
+    }
+
+    #[test]
+    fn a_request_ends_once_and_the_result_arrives_as_given() {
+        let slot = slot();
+        for result in [Ok(0), Ok(512), Ok(32 << 20), Err(Errno::EIO), Err(Errno::ENOSPC)] {
+            assert!(!slot.finish(outcome(result)), "with the kernel");
+            assert!(slot.issue(Stamp::now()));
+            assert!(!slot.issue(Stamp::now()), "two requests on a tag");
+            assert!(slot.started().is_some());
+            assert_eq!(slot.outcome(), None);
+            assert!(slot.finish(outcome(result)));
+            assert!(!slot.finish(outcome(Ok(1))), "a second end");
+            assert!(!slot.revoke(), "too late to revoke");
+            assert_eq!(slot.outcome(), Some(outcome(result)));
+            slot.recycle();
+            assert_eq!(slot.started(), None);
+        }
+    }
+
+    #[test]
+    fn a_revoked_slot_is_never_used_again() {
+        let slot = slot();
+        assert!(!slot.revoke(), "nothing to revoke");
+        assert!(slot.issue(Stamp::now()));
+        assert!(slot.revoke());
+        assert!(!slot.finish(outcome(Ok(0))));
+        assert!(!slot.issue(Stamp::now()));
+        assert_eq!(slot.outcome(), None);
+    }
+
+    #[test]
+    fn of_a_finish_and_a_revoke_exactly_one_wins() {
+        let rounds = if cfg!(miri) { 20 } else { 500 };
+        for _ in 0..rounds {
+            let slot = slot();
+            assert!(slot.issue(Stamp::now()));
+            let (finished, revoked) = std::thread::scope(|s| {
+                let f = s.spawn(|| slot.finish(outcome(Ok(0))));
+                let r = s.spawn(|| slot.revoke());
+                (f.join().unwrap(), r.join().unwrap())
+            });
+            assert!(finished ^ revoked);
+        }
+    }
+}
