@@ -1,0 +1,1 @@
+"""Runs tests, a demo and benchmarks on real kernels: in QEMU, or on a host that has ublk."""
