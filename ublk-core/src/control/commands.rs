@@ -1,0 +1,358 @@
+//! Every control command as one function.
+
+use std::os::unix::ffi::OsStrExt;
+
+use super::features::Features;
+use super::info::{AddDevice, DeviceInfo};
+use super::params::DeviceParams;
+use super::pool::{Answer, Work};
+use super::wait::Wait;
+use super::{Control, CpuSet, Inner, answer, params_wire};
+use crate::error::{Errno, Error, ErrorKind, Result};
+use crate::uapi::bytes::{bytes_of, from_prefix};
+use crate::uapi::{
+    UBLK_FEATURES_LEN, ublk_params, ublk_shmem_buf_reg, ublksrv_ctrl_cmd, ublksrv_ctrl_dev_info,
+};
+use crate::uring::sqe::ControlCommand as C;
+
+/// Bytes of the CPU bitmap that GET_QUEUE_AFFINITY fills: the kernel's largest NR_CPUS is 8192.
+const CPU_BYTES: usize = 8192 / 8;
+
+/// A command about one device.
+struct Call {
+    command: C,
+    id: u32,
+    data: u64,
+    payload: Vec<u8>,
+    with_path: bool,
+}
+
+impl Call {
+    fn new(command: C, id: u32) -> Self {
+        Call { command, id, data: 0, payload: Vec::new(), with_path: false }
+    }
+
+    fn data(mut self, data: u64) -> Self {
+        self.data = data;
+        self
+    }
+
+    fn payload(mut self, payload: &[u8]) -> Self {
+        self.payload = payload.to_vec();
+        self
+    }
+
+    /// Whatever the options say; GET_DEV_INFO2 always has the path.
+    fn with_path(mut self) -> Self {
+        self.with_path = true;
+        self
+    }
+}
+
+impl Inner {
+    fn work(&self, call: Call) -> Work {
+        let mut header = ublksrv_ctrl_cmd {
+            dev_id: call.id,
+            queue_id: u16::MAX,
+            data: [call.data],
+            ..Default::default()
+        };
+        let mut memory = Vec::new();
+        let about_one = !matches!(call.command, C::AddDev | C::GetFeatures);
+        if about_one && (call.with_path || self.device_paths) {
+            memory.extend_from_slice(self.places.char_device(call.id).as_os_str().as_bytes());
+            memory.push(0);
+            header.dev_path_len = memory.len() as u16;
+        }
+        memory.extend_from_slice(&call.payload);
+        Work { command: call.command, encoding: self.encoding, header, memory }
+    }
+
+    /// The kernel's answer, its errno made an error; the memory is the payload alone.
+    fn call(&self, call: Call, wait: &Wait) -> Result<Answer> {
+        let (command, id) = (call.command, call.id);
+        let work = self.work(call);
+        let path_len = usize::from(work.header.dev_path_len);
+        let mut answer = self.pool.run(work, wait)?;
+        if let Some(errno) = Errno::from_result(answer.result) {
+            let device = (command != C::GetFeatures && id != u32::MAX).then_some(id);
+            return Err(answer::error(command, device, errno));
+        }
+        answer.memory.drain(..path_len);
+        Ok(answer)
+    }
+
+    fn call_soon(&self, call: Call) -> Result<Answer> {
+        self.call(call, &Wait::for_(self.patience))
+    }
+}
+
+/// GET_FEATURES, before there is a [`Control`] to ask through.
+pub(super) fn ask_features(inner: &Inner) -> Result<Features> {
+    // The id is ignored by drivers that know the command; those that do not must not find a device.
+    let call = Call::new(C::GetFeatures, u32::MAX).payload(&[0; UBLK_FEATURES_LEN]);
+    let answer = inner.call_soon(call)?;
+    Ok(Features::from_bits(from_prefix(&answer.memory)))
+}
+
+/// Commands. Where no [`Wait`] is taken, the wait is bounded by
+/// [`ControlOptions::patience`](super::ControlOptions::patience).
+///
+/// Besides what is listed, every one can fail with [`ErrorKind::NoSuchDevice`], [`ErrorKind::PermissionDenied`],
+/// [`ErrorKind::TimedOut`], [`ErrorKind::Cancelled`], [`ErrorKind::Forked`] and, if a control thread cannot be made,
+/// [`ErrorKind::TooMany`].
+impl Control {
+    /// GET_FEATURES: asks the driver now.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] from drivers before Linux 6.5.
+    pub fn get_features(&self) -> Result<Features> {
+        ask_features(&self.0)
+    }
+
+    /// ADD_DEV: creates a device and its `/dev/ublkcN`. The answer is what the driver granted, and binding: it clamps the
+    /// queues to the number of CPUs and may add features.
+    ///
+    /// Features are negotiated: what the driver lacks of the required ones is refused before anything exists, and
+    /// a device that was granted something else than required is deleted again.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] naming the feature, [`ErrorKind::InvalidParameter`], [`ErrorKind::IdTaken`],
+    /// [`ErrorKind::TooMany`].
+    pub fn add_dev(&self, request: &AddDevice) -> Result<DeviceInfo> {
+        let asked = request.features.negotiate(self.0.features)?;
+        let info = request.to_uapi(asked);
+        let call = Call::new(C::AddDev, info.dev_id).payload(bytes_of(&info));
+        let answer = self.0.call_soon(call)?;
+        let granted = DeviceInfo::from_uapi(&from_prefix(&answer.memory));
+        if let Err(e) = request.features.check(granted.features) {
+            if let Err(undo) = self.del_dev(granted.id, &Wait::for_(self.0.patience)) {
+                tracing::error!(
+                    device = granted.id,
+                    "a device that is not as required stays: {undo}"
+                );
+            }
+            return Err(e.on_device(granted.id));
+        }
+        Ok(granted)
+    }
+
+    /// DEL_DEV: stops the device if need be, removes it and waits until its number is free, that is until nobody has its
+    /// nodes open, mapped or mounted.
+    ///
+    /// # Errors
+    ///
+    /// When the wait is over first, the kernel still finishes on its own; see [`outstanding`](Self::outstanding).
+    pub fn del_dev(&self, id: u32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::DelDev, id), wait).map(drop)
+    }
+
+    /// DEL_DEV_ASYNC: as [`del_dev`](Self::del_dev), without the wait for the number.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] from drivers before Linux 6.5 and, always, on unprivileged devices.
+    pub fn del_dev_async(&self, id: u32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::DelDevAsync, id), wait).map(drop)
+    }
+
+    /// START_DEV: waits until every tag of every queue has been fetched and creates `/dev/ublkbN`. `server_pid` is the
+    /// process that opened `/dev/ublkcN`.
+    ///
+    /// When the wait is over first, the command is taken back from the kernel and the device is as before. The
+    /// thread that waits here must not be one that fetches or serves: drivers before 6.13 read the partition
+    /// table before they answer.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open, [`ErrorKind::InvalidParameter`]
+    /// without parameters or with the wrong process.
+    pub fn start_dev(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::StartDev, id).data(server_pid as u64), wait).map(drop)
+    }
+
+    /// STOP_DEV: removes `/dev/ublkbN` once its requests and its writeback are done, and ends the server's commands with
+    /// `ENODEV`. Nothing happens to a dead device.
+    ///
+    /// The server has to go on serving meanwhile. The kernel does not give this command back: when the wait is
+    /// over first it goes on on its own.
+    ///
+    /// # Errors
+    ///
+    /// None of its own.
+    pub fn stop_dev(&self, id: u32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::StopDev, id), wait).map(drop)
+    }
+
+    /// TRY_STOP_DEV: as [`stop_dev`](Self::stop_dev) if nobody has the disk open. Once it succeeded the disk cannot be
+    /// opened without CAP_SYS_ADMIN, also when the device is started again.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] if somebody has it open, [`ErrorKind::WrongState`] if there is no disk, [`ErrorKind::Unsupported`] from
+    /// drivers without SAFE_STOP_DEV.
+    pub fn try_stop_dev(&self, id: u32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::TryStopDev, id), wait).map(drop)
+    }
+
+    /// SET_PARAMS, read back: the driver drops sections that it does not know and reports success.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] naming the section that was dropped, [`ErrorKind::WrongState`] if the device has or had a disk.
+    pub fn set_params(&self, id: u32, params: &DeviceParams) -> Result<()> {
+        self.set_raw_params(id, &params.to_uapi())
+    }
+
+    /// [`set_params`](Self::set_params) with the kernel's struct, which nothing has checked.
+    ///
+    /// # Errors
+    ///
+    /// As [`set_params`](Self::set_params), and [`ErrorKind::InvalidParameter`].
+    pub fn set_raw_params(&self, id: u32, params: &ublk_params) -> Result<()> {
+        self.0.call_soon(Call::new(C::SetParams, id).payload(bytes_of(params)))?;
+        let taken = self.get_raw_params(id)?;
+        params_wire::check_taken(params, &taken).map_err(|e| e.on_device(id))
+    }
+
+    /// GET_PARAMS.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] if none were set, [`ErrorKind::InvalidParameter`] if they are none that [`DeviceParams`] can express.
+    pub fn get_params(&self, id: u32) -> Result<DeviceParams> {
+        let params = self.get_raw_params(id)?;
+        DeviceParams::from_uapi(&params, &self.get_raw_info(id)?)
+    }
+
+    /// GET_PARAMS as the kernel's struct, device numbers included.
+    ///
+    /// # Errors
+    ///
+    /// None of its own.
+    pub fn get_raw_params(&self, id: u32) -> Result<ublk_params> {
+        let asked = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
+        let answer = self.0.call_soon(Call::new(C::GetParams, id).payload(bytes_of(&asked)))?;
+        Ok(from_prefix(&answer.memory))
+    }
+
+    /// GET_DEV_INFO.
+    ///
+    /// # Errors
+    ///
+    /// None of its own.
+    pub fn get_dev_info(&self, id: u32) -> Result<DeviceInfo> {
+        let mut info = DeviceInfo::from_uapi(&self.get_raw_info(id)?);
+        info.capacity = self.0.places.capacity(id);
+        Ok(info)
+    }
+
+    fn get_raw_info(&self, id: u32) -> Result<ublksrv_ctrl_dev_info> {
+        let room = bytes_of(&ublksrv_ctrl_dev_info::default()).to_vec();
+        let answer = self.0.call_soon(Call::new(C::GetDevInfo, id).payload(&room))?;
+        Ok(from_prefix(&answer.memory))
+    }
+
+    /// GET_DEV_INFO2: as [`get_dev_info`](Self::get_dev_info), permitted to whoever may read `/dev/ublkcN`, if the device is
+    /// an unprivileged one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] from drivers before Linux 6.3.
+    pub fn get_dev_info2(&self, id: u32) -> Result<DeviceInfo> {
+        let room = bytes_of(&ublksrv_ctrl_dev_info::default()).to_vec();
+        let call = Call::new(C::GetDevInfo2, id).payload(&room).with_path();
+        let answer = self.0.call_soon(call)?;
+        let mut info = DeviceInfo::from_uapi(&from_prefix(&answer.memory));
+        info.capacity = self.0.places.capacity(id);
+        Ok(info)
+    }
+
+    /// GET_QUEUE_AFFINITY: the CPUs whose I/O goes to this queue.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] if the device has no such queue.
+    pub fn get_queue_affinity(&self, id: u32, queue: u16) -> Result<CpuSet> {
+        let call = Call::new(C::GetQueueAffinity, id).data(queue.into()).payload(&[0; CPU_BYTES]);
+        let answer = self.0.call_soon(call).map_err(|e| e.on_queue(queue))?;
+        Ok(CpuSet::from_words(answer.memory.chunks_exact(8).map(from_prefix)))
+    }
+
+    /// START_USER_RECOVERY: begins to serve a device whose former server is gone.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] while the former server, or a process that it forked, has `/dev/ublkcN` open,
+    /// [`ErrorKind::WrongState`] if the device cannot be recovered.
+    pub fn start_user_recovery(&self, id: u32) -> Result<()> {
+        self.0.call_soon(Call::new(C::StartUserRecovery, id)).map(drop)
+    }
+
+    /// END_USER_RECOVERY: waits until every tag has been fetched again and lets I/O flow. When the wait is over first, the
+    /// command is taken back.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::WrongState`] if the device is not being recovered.
+    pub fn end_user_recovery(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::EndUserRecovery, id).data(server_pid as u64), wait).map(drop)
+    }
+
+    /// UPDATE_SIZE: resizes a live disk, in bytes. The driver does not compare the size with the logical block size; this does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] if the size is not a multiple of the logical block size, [`ErrorKind::WrongState`] if there is no
+    /// disk, [`ErrorKind::Unsupported`] from drivers without UPDATE_SIZE.
+    pub fn update_size(&self, id: u32, capacity: u64) -> Result<()> {
+        let block = 1u64 << self.get_raw_params(id)?.basic.logical_bs_shift.min(63);
+        if !capacity.is_multiple_of(block.max(super::SECTOR)) || capacity > i64::MAX as u64 {
+            return Err(Error::new(ErrorKind::InvalidParameter, C::UpdateSize.verb())
+                .on_device(id)
+                .because(format!(
+                    "the capacity is a multiple of the logical block size ({block}) below 2^63 bytes, not {capacity}"
+                )));
+        }
+        self.0.call_soon(Call::new(C::UpdateSize, id).data(capacity / super::SECTOR)).map(drop)
+    }
+
+    /// QUIESCE_DEV: takes a live, recoverable device from its server. `idle_ms` bounds the driver's own wait for idle tags,
+    /// 0 for no bound.
+    ///
+    /// Drivers up to 7.3 do not see a queue whose tags are all with the server: repeat this once requests have drained.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] if requests stay with the server, [`ErrorKind::WrongState`] without a disk, [`ErrorKind::Unsupported`] without QUIESCE.
+    pub fn quiesce_dev(&self, id: u32, idle_ms: u64, wait: &Wait) -> Result<()> {
+        self.0.call(Call::new(C::QuiesceDev, id).data(idle_ms), wait).map(drop)
+    }
+
+    /// REG_BUF: shares memory of this process with the device, read-only if its flags say so. Returns the buffer's index.
+    /// The driver freezes the disk for this: not from a thread that serves it.
+    ///
+    /// # Safety
+    ///
+    /// `buffer` names memory that stays mapped until it is unregistered or the device is gone, and that tolerates
+    /// being written by clients of the disk at any time.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that is not whole pages.
+    pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
+        let answer = self.0.call_soon(Call::new(C::RegBuf, id).payload(bytes_of(buffer)))?;
+        Ok(answer.result as u32)
+    }
+
+    /// UNREG_BUF: ends the sharing of the buffer with this index. Freezes the disk as [`reg_buf`](Self::reg_buf) does.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::Io`] with `ENOENT` for an unknown index.
+    pub fn unreg_buf(&self, id: u32, index: u32) -> Result<()> {
+        self.0.call_soon(Call::new(C::UnregBuf, id).data(index.into())).map(drop)
+    }
+}
