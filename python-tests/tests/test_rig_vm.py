@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
+
 from ublk_rig.guest import CommandFailed, CommandTimeout
 from ublk_rig.process import NothingInTime, ProcessEnded
 

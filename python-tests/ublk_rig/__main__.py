@@ -15,9 +15,7 @@ from ublk_rig.verdict import problems_in
 def main(argv: list[str]) -> int:
     """Show what a command prints in a guest, and what the kernel had to say about it."""
     parser = argparse.ArgumentParser(prog="python -m ublk_rig", description=__doc__)
-    parser.add_argument(
-        "--kernel", default=kernels.SERIES[-1], help="series, e.g. 6.12 (default: %(default)s)"
-    )
+    parser.add_argument("--kernel", default=kernels.SERIES[-1], help="series, e.g. 6.12 (default: %(default)s)")
     parser.add_argument("--smp", type=int, default=2)
     parser.add_argument("--mem", default="2G")
     parser.add_argument("--icount", action="store_true", help="count instructions instead of time")

@@ -66,9 +66,7 @@ def choose(release: str, boots_with: Callable[[Accel, float], bool]) -> Accel:
                 f"kvm: booting {release} to see whether KVM works (at most {PROBE_SECS:.0f} s)",
                 file=sys.stderr,
             )
-            answers = {k: v for k, v in answers.items() if k.startswith(boot)} | {
-                key: boots_with(KVM, PROBE_SECS)
-            }
+            answers = {k: v for k, v in answers.items() if k.startswith(boot)} | {key: boots_with(KVM, PROBE_SECS)}
             tmp = store.with_suffix(".tmp")
             tmp.write_text(json.dumps(answers))
             tmp.rename(store)

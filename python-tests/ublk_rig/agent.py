@@ -4,7 +4,7 @@ It runs as `python -I -S agent.py [FD]` with the standard library alone: in a gu
 `ublk.agent`) and, so that both rigs behave alike, on a host. One JSON object a line each way:
 
     to the agent                                        from the agent
-    {op: run, id, argv, env, cwd, timeout, stdin}       {id, out|err: base64}..., {id, rc, timeout, stuck}
+    {op: run, id, argv, env, cwd, timeout, stdin}       {id, pid}, {id, out|err: base64}..., {id, rc, timeout, stuck}
     {op: stdin, id, data} {op: eof, id}
     {op: signal, id, sig}
     {op: inspect, id}                                   {id, report: {...}}
@@ -25,13 +25,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Message = dict[str, Any]
 # After SIGKILL a process is gone at once, unless the kernel holds it: then the caller must hear of it.
 STUCK_AFTER = 10.0
-# A grandchild may keep a pipe open for ever; the command itself is over.
-LATE_OUTPUT = 2.0
+# A grandchild may keep a pipe open for ever; output that still flows is waited for.
+QUIET = 2.0
 UBLK_NODE = re.compile(r"ublk[bc]\d")
 
 
@@ -43,12 +46,13 @@ class Stream:
         self._lock = threading.Lock()
 
     def send(self, message: Message) -> None:
+        """Send a message whole."""
         data = (json.dumps(message) + "\n").encode()
         with self._lock:
             while data:
                 data = data[os.write(self._fd, data) :]
 
-    def lines(self, *, forever: bool) -> Any:
+    def lines(self, *, forever: bool) -> Iterator[Message]:
         """Messages; a virtio port reads as empty while the host is not connected, so there the end is no end."""
         buffer = b""
         while True:
@@ -71,7 +75,8 @@ class KernelLog:
             os.lseek(self._fd, 0, os.SEEK_END)
 
     def new(self) -> list[str]:
-        found = []
+        """The records since the last call."""
+        found: list[str] = []
         while True:
             try:
                 record = os.read(self._fd, 8192).decode(errors="replace")
@@ -105,6 +110,7 @@ class Job:
         )
         self._first_input = base64.b64decode(stdin) if isinstance(stdin, str) else b""
         self._closes = isinstance(stdin, str)
+        self._last_output = time.monotonic()
 
     def serve(self) -> None:
         """Pump until the process is over, then tell."""
@@ -128,31 +134,36 @@ class Job:
                 rc = self.process.wait(STUCK_AFTER)
             except subprocess.TimeoutExpired:
                 stuck, rc = True, -signal.SIGKILL
-        deadline = time.monotonic() + LATE_OUTPUT
-        for pump in pumps:
-            pump.join(max(0.0, deadline - time.monotonic()))
+        self._last_output = time.monotonic()
+        while any(p.is_alive() for p in pumps) and time.monotonic() - self._last_output < QUIET:
+            for pump in pumps:
+                pump.join(0.05)
         self._stream.send({"id": self._id, "rc": rc, "timeout": timed_out, "stuck": stuck})
 
     def _pump(self, fd: int, kind: str) -> None:
         while data := os.read(fd, 32768):
             self._stream.send({"id": self._id, kind: base64.b64encode(data).decode()})
+            self._last_output = time.monotonic()
 
     def _feed(self) -> None:
         self.write(self._first_input)
         self.close_stdin()
 
     def write(self, data: bytes) -> None:
+        """Feed stdin."""
         assert self.process.stdin
         with contextlib.suppress(OSError, ValueError):  # it may be over, or have closed its end
             self.process.stdin.write(data)
             self.process.stdin.flush()
 
     def close_stdin(self) -> None:
+        """End of file on stdin."""
         assert self.process.stdin
         with contextlib.suppress(OSError):
             self.process.stdin.close()
 
     def signal(self, number: int) -> None:
+        """Signal the command and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -167,6 +178,7 @@ class Agent:
         self._sessions: set[int] = set()
 
     def handle(self, message: Message) -> None:
+        """Do what the host asks; nothing here waits."""
         match message["op"]:
             case "run":
                 self._run(message)
@@ -197,6 +209,7 @@ class Agent:
             return
         self._jobs[message["id"]] = job
         self._sessions.add(job.process.pid)
+        self._stream.send({"id": message["id"], "pid": job.process.pid})
 
         def serve() -> None:
             job.serve()
@@ -207,21 +220,16 @@ class Agent:
     def _left_processes(self) -> dict[int, str]:
         """Processes of sessions that this agent started, zombies apart."""
         left, alive = {}, set()
-        for entry in os.listdir("/proc"):
-            if not entry.isdigit():
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
                 continue
             with contextlib.suppress(OSError):
-                name, _, rest = Path(f"/proc/{entry}/stat").read_text().rpartition(")")
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
                 state, _ppid, _pgrp, session = rest.split()[:4]
                 if int(session) in self._sessions and state not in "ZX":
                     alive.add(int(session))
-                    args = (
-                        Path(f"/proc/{entry}/cmdline")
-                        .read_bytes()
-                        .replace(b"\0", b" ")
-                        .decode(errors="replace")
-                    )
-                    left[int(entry)] = f"{state} {args.strip() or name.partition('(')[2]}"
+                    args = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    left[int(entry.name)] = f"{state} {args.strip() or name.partition('(')[2]}"
         self._sessions &= alive | {job.process.pid for job in list(self._jobs.values())}
         return left
 
@@ -239,7 +247,7 @@ class Agent:
 
 def _ublk_in(directory: str) -> list[str]:
     try:
-        return [f"{directory}/{n}" for n in sorted(os.listdir(directory)) if UBLK_NODE.match(n)]
+        return [f"{directory}/{n}" for n in sorted(p.name for p in Path(directory).iterdir()) if UBLK_NODE.match(n)]
     except OSError:
         return []
 
@@ -254,6 +262,7 @@ def _virtio_port() -> str:
 
 
 def main(argv: list[str]) -> None:
+    """Serve until the stream ends."""
     in_guest = not argv
     fd = os.open(_virtio_port(), os.O_RDWR) if in_guest else int(argv[0])
     stream = Stream(fd)

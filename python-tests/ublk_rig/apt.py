@@ -70,9 +70,7 @@ class Apt:
 
     def versions(self, package: str) -> list[str]:
         """Versions of a package, newest first."""
-        return [
-            line.split("|")[1].strip() for line in self._run("apt-cache", "madison", package).splitlines()
-        ]
+        return [line.split("|")[1].strip() for line in self._run("apt-cache", "madison", package).splitlines()]
 
     def field(self, package: str, name: str) -> str:
         """A field of a package's newest record, folded lines joined."""

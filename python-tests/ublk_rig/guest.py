@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ublk_rig.channel import Channel, MachineDied, decode, encode
+from ublk_rig.channel import Channel, Exchange, MachineDied, decode, encode
 from ublk_rig.process import Process
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class Result:
     secs: float
 
     def __str__(self) -> str:
-        return f"{self.argv} ended with {self.rc} after {self.secs:.2f} s\nstdout: {self.out[-4000:]}\nstderr: {self.err[-4000:]}"
+        ended = f"{self.argv} ended with {self.rc} after {self.secs:.2f} s"
+        return f"{ended}\nstdout: {self.out[-4000:]}\nstderr: {self.err[-4000:]}"
 
 
 class CommandFailed(AssertionError):
@@ -126,12 +127,7 @@ class Guest:
         began = time.monotonic()
         limit = self.scale.seconds(timeout)
         data = stdin.encode() if isinstance(stdin, str) else stdin
-        exchange = self._machine.channel.open(
-            {
-                **{"op": "run", "argv": command, "env": dict(env or {}), "cwd": str(cwd) if cwd else None},
-                **{"timeout": limit, "stdin": None if data is None else encode(data)},
-            }
-        )
+        exchange = self._open(command, env, cwd, limit, stdin=None if data is None else encode(data))
         out, err = bytearray(), bytearray()
         deadline = began + limit + self.scale.seconds(ANSWER_SLACK)
         try:
@@ -139,9 +135,7 @@ class Guest:
                 out += decode(message.get("out", ""))
                 err += decode(message.get("err", ""))
         except MachineDied as e:
-            self._note(
-                f"$ {command}\n{out.decode(errors='replace')}{err.decode(errors='replace')}(machine {e})"
-            )
+            self._note(f"$ {command}\n{out.decode(errors='replace')}{err.decode(errors='replace')}(machine {e})")
             raise MachineDied(
                 f"{self.release} {e} while running {command}; console:\n{self.console()[-4000:]}"
             ) from e
@@ -172,13 +166,25 @@ class Guest:
         """Start a program and go on; it must be over when the test is."""
         command = _argv(argv)
         self._note(f"$ {command} started")
-        exchange = self._machine.channel.open(
-            {
-                **{"op": "run", "argv": command, "env": dict(env or {}), "cwd": str(cwd) if cwd else None},
-                **{"timeout": None, "stdin": True},
-            }
-        )
+        exchange = self._open(command, env, cwd, None, stdin=True)
         return Process(command, exchange, self.scale, self._note)
+
+    def _open(
+        self,
+        argv: list[str],
+        env: Mapping[str, str] | None,
+        cwd: str | Path | None,
+        limit: float | None,
+        *,
+        stdin: str | bool | None,
+    ) -> Exchange:
+        """Start a command; `stdin` is what it reads, True for a pipe that stays open, None for nothing."""
+        # Programs under test have timeouts of their own, and need to know how slow this machine is.
+        environment = {"UBLK_TIMESCALE": f"{self.scale.factor:g}", **(env or {})}
+        where = str(cwd) if cwd else None
+        return self._machine.channel.open(
+            {"op": "run", "argv": argv, "env": environment, "cwd": where, "timeout": limit, "stdin": stdin}
+        )
 
     def console(self) -> str:
         """What the kernel wrote to its console since this test began (warnings and worse)."""

@@ -38,9 +38,7 @@ def _entry(number: int, name: str, mode: int, data: bytes = b"", device: tuple[i
 
 def archive(files: dict[str, bytes]) -> bytes:
     """A cpio archive of `files`, all executable, with the directories that they need and a console."""
-    directories = dict.fromkeys(
-        str(p) for name in files for p in reversed(Path(name).parents) if str(p) != "."
-    )
+    directories = dict.fromkeys(str(p) for name in files for p in reversed(Path(name).parents) if str(p) != ".")
     directories.setdefault("dev")
     parts = [_entry(n, d, _DIRECTORY) for n, d in enumerate(directories, 1)]
     parts.append(_entry(len(parts) + 1, "dev/console", _NODE, device=(5, 1)))

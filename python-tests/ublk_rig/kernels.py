@@ -85,9 +85,8 @@ def newest_image(names: list[str], series: str) -> str | None:
     newest: str | None = None
     for name in names:
         found = _IMAGE.fullmatch(name)
-        if found and found[2] == series:
-            if newest is None or _newer(found[1], newest):
-                newest = found[1]
+        if found and found[2] == series and (newest is None or _newer(found[1], newest)):
+            newest = found[1]
     return newest
 
 
@@ -227,7 +226,7 @@ def _entry(cache: Path, key: str, value: str) -> tuple[Path, tuple[str, ...]]:
 
 def _headers_version(a: apt.Apt, release: str) -> str:
     """The linux-libc-dev built from the same source as `release`, or the newest."""
-    upstream = release.split("+")[0]
+    upstream = release.split("+", maxsplit=1)[0]
     versions = a.versions("linux-libc-dev")
     return next((v for v in versions if v.startswith((f"{upstream}-", f"{upstream}+"))), versions[0])
 

@@ -33,6 +33,6 @@ def insmod_order(modules_dep: str, names: Iterable[str]) -> list[str]:
         order[path] = None
 
     for name in names:
-        if path := by_name.get(name.replace("-", "_")):
-            add(path, ())
+        if found := by_name.get(name.replace("-", "_")):
+            add(found, ())
     return list(order)

@@ -3,16 +3,17 @@
 Markers:
     vm(smp=2, mem="2G", icount=False, fresh=False)   the machine that a test needs; `fresh` boots one of its own
     console_allow("regex", ...)                      kernel complaints that this test provokes on purpose
-    leak_allow("regex", ...)                         what this test leaves behind on purpose (its machine is discarded)
+    leak_allow("regex", ...)                         what this test leaves on purpose; its machine is discarded
     time_limit(seconds)                              native seconds for the test's body (default 300)
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -27,6 +28,7 @@ from ublk_rig.watchdog import bounded
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
+    from contextlib import AbstractContextManager
 
 TEST_SECS = 300.0
 # Booting has its own bounds, with retries; fetching kernels comes on top in the first test.
@@ -67,9 +69,7 @@ class Rig:
     def folder(self, nodeid: str) -> Shared:
         """A test's folder, as host and guest see it."""
         name = re.sub(r"[^\w.=-]+", "_", nodeid.removeprefix("tests/")).strip("_")[:150]
-        return Shared(
-            self.artifacts / name, str(self.artifacts / name) if self.on_host else f"{vm.SHARED_AT}/{name}"
-        )
+        return Shared(self.artifacts / name, str(self.artifacts / name) if self.on_host else f"{vm.SHARED_AT}/{name}")
 
 
 _RIG: pytest.StashKey[Rig] = pytest.StashKey()
@@ -175,6 +175,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
     rig.scale = lease.machine.scale
     given = Guest(lease.machine, rig.folder(item.nodeid))
     item.stash[_GUEST] = given
+    item.stash[_LOG] = []
     _begin(rig, item, lease)
     yield given
     verdict = _end(rig, item, lease)
@@ -187,13 +188,8 @@ def _skip_if_host_cannot(item: pytest.Item, shape: vm.Shape, *, fresh: bool) -> 
         pytest.skip("needs a machine that can be thrown away; this is the host")
     if shape.icount:
         pytest.skip("counts instructions in QEMU; this is the host")
-    if (cpus := len(host_cpus())) < shape.smp:
+    if (cpus := len(os.sched_getaffinity(0))) < shape.smp:
         pytest.skip(f"needs {shape.smp} CPUs, this host has {cpus}")
-
-
-def host_cpus() -> set[int]:
-    """The host's processors that we may use."""
-    return __import__("os").sched_getaffinity(0)  # type: ignore[no-any-return]
 
 
 def _begin(rig: Rig, item: pytest.Item, lease: Lease) -> None:
@@ -204,7 +200,7 @@ def _begin(rig: Rig, item: pytest.Item, lease: Lease) -> None:
         rig.pool.give_back(lease, soiled=True)
         pytest.fail(f"the machine does not answer before the test: {e}; console:\n{words}", pytrace=False)
     item.stash[_LOG] = log
-    if lease.shared and (late := problems_in(log)):
+    if late := problems_in(log):
         rig.pool.give_back(lease, soiled=True)
         pytest.fail("the kernel complained before this test began:\n  " + "\n  ".join(late), pytrace=False)
 
@@ -227,7 +223,7 @@ def _patterns(item: pytest.Item, marker: str) -> list[str]:
     return [p for m in item.iter_markers(marker) for p in m.args]
 
 
-def _limit(item: pytest.Item, seconds: float) -> Any:
+def _limit(item: pytest.Item, seconds: float) -> AbstractContextManager[None]:
     rig = item.config.stash[_RIG]
     return bounded(rig.scale.seconds(seconds), item.nodeid, rig.pool.kill_current)
 
@@ -263,9 +259,9 @@ def pytest_runtest_makereport(
     rig = item.config.stash[_RIG]
     outcome = rig.tally.add(item.nodeid, kernel_of(item))
     result = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
-    outcome.phase(report.when or "", result, call.duration, _reason(report))
+    outcome.phase(report.when, result, call.duration, _reason(report))
     outcome.properties.update(item.user_properties)
-    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    item.stash[_FAILED] = report.failed or item.stash.get(_FAILED, False)
     given = item.stash.get(_GUEST, None)
     if given is not None:
         _keep(rig, item, report, given)
@@ -275,9 +271,7 @@ def pytest_runtest_makereport(
 def _reason(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
-    return (
-        report.longreprtext.strip().splitlines()[-1] if report.failed and report.longreprtext.strip() else ""
-    )
+    return report.longreprtext.strip().splitlines()[-1] if report.failed and report.longreprtext.strip() else ""
 
 
 def _keep(rig: Rig, item: pytest.Item, report: pytest.TestReport, given: Guest) -> None:
@@ -289,7 +283,7 @@ def _keep(rig: Rig, item: pytest.Item, report: pytest.TestReport, given: Guest) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "guest.log").write_text(given.transcript())
     (folder / "console.log").write_text(given.console())
-    (folder / "kernel.log").write_text("\n".join(item.stash.get(_LOG, [])) + "\n")
+    (folder / "kernel.log").write_text("".join(f"{line}\n" for line in item.stash[_LOG]))
     with (folder / "failure.txt").open("a" if report.when != "setup" else "w") as f:
         f.write(f"== {report.when}: {report.outcome}\n{report.longreprtext}\n")
     if report.failed:

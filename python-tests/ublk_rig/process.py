@@ -29,9 +29,7 @@ class NothingInTime(Exception):
 class Process:
     """What `Guest.popen` returns. Timeouts are native seconds: the machine's timescale is applied here."""
 
-    def __init__(
-        self, argv: list[str], exchange: Exchange, scale: Timescale, log: Callable[[str], None]
-    ) -> None:
+    def __init__(self, argv: list[str], exchange: Exchange, scale: Timescale, log: Callable[[str], None]) -> None:
         self.argv = argv
         self._exchange = exchange
         self._scale = scale
@@ -41,6 +39,7 @@ class Process:
         self._taken = 0
         self._err = bytearray()
         self._rc: int | None = None
+        self._pid: int | None = None
         self._died: MachineDied | None = None
         threading.Thread(target=self._collect, daemon=True, name=f"popen {argv[0]}").start()
 
@@ -56,6 +55,7 @@ class Process:
             with self._changed:
                 self._out += decode(message.get("out", ""))
                 self._err += decode(message.get("err", ""))
+                self._pid = message.get("pid", self._pid)
                 if "rc" in message:
                     self._rc = int(message["rc"])
                 self._changed.notify_all()
@@ -63,6 +63,11 @@ class Process:
                 self._exchange.channel.forget(self._exchange.number)
                 self._log(f"$ {self.argv} ended with {self._rc}\n{self.out}{self.err}")
                 return
+
+    @property
+    def pid(self) -> int:
+        """The program's process there."""
+        return self._wait_for("the start of", lambda: self._pid, 30)
 
     @property
     def out(self) -> str:
@@ -96,9 +101,7 @@ class Process:
             if end < 0:
                 if self._rc is None:
                     return None
-                raise ProcessEnded(
-                    f"{self.argv} ended with {self._rc}; stderr: {self._err.decode(errors='replace')}"
-                )
+                raise ProcessEnded(f"{self.argv} ended with {self._rc}; stderr: {self._err.decode(errors='replace')}")
             text = self._out[self._taken : end].decode(errors="replace")
             self._taken = end + 1
             return text
@@ -118,9 +121,7 @@ class Process:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     err = self._err.decode(errors="replace")[-2000:]
-                    raise NothingInTime(
-                        f"no sign of {what} {self.argv} within {timeout} s (native); stderr: {err}"
-                    )
+                    raise NothingInTime(f"no sign of {what} {self.argv} within {timeout} s (native); stderr: {err}")
                 self._changed.wait(left)
             return result
 

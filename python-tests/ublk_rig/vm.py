@@ -7,7 +7,6 @@ they are on the host, at the same paths, and nothing has to be installed into im
 from __future__ import annotations
 
 import atexit
-import os
 import re
 import shutil
 import socket
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from ublk_rig import accel, initramfs, layout
 from ublk_rig.channel import Channel, MachineDied
 from ublk_rig.timescale import Timescale
+from ublk_rig.verdict import problems_in
 
 if TYPE_CHECKING:
     from ublk_rig.accel import Accel
@@ -77,6 +77,7 @@ class VirtualMachine:
         began = time.monotonic()
         self._dir = Path(tempfile.mkdtemp(prefix="ublk-vm."))
         self._console = self._dir / "console.log"
+        self._final_console = ""
         self._cleanup = weakref.finalize(self, shutil.rmtree, self._dir, ignore_errors=True)
         (self._dir / "initramfs").write_bytes(initramfs.build(kernel, self._settings(kernel)))
         shared.mkdir(parents=True, exist_ok=True)
@@ -149,11 +150,10 @@ class VirtualMachine:
         return self._qemu.pid
 
     def console(self) -> str:
-        """Everything on the serial console."""
-        try:
+        """Everything on the serial console, also after the end."""
+        if self._console.exists():
             return self._console.read_text(errors="replace")
-        except FileNotFoundError:
-            return ""
+        return self._final_console
 
     def last_words(self) -> str:
         """The end of the console and what QEMU itself had to say."""
@@ -176,8 +176,8 @@ class VirtualMachine:
         self._qemu.wait()
         if hasattr(self, "channel"):
             self.channel.close()
-        if "UBLK_RIG_KEEP" not in os.environ:
-            self._cleanup()
+        self._final_console = self.console()
+        self._cleanup()
 
 
 def boot(kernel: Kernel, shape: Shape, shared: Path) -> VirtualMachine:
@@ -193,7 +193,20 @@ def boot(kernel: Kernel, shape: Shape, shared: Path) -> VirtualMachine:
     how = accel.ICOUNT if shape.icount else accel.choose(kernel.release, boots_with)
     for _ in range(BOOT_TRIES - 1):
         try:
-            return VirtualMachine(kernel, shape, how, shared)
+            return _booted_cleanly(kernel, shape, how, shared)
         except MachineDied as e:
             print(f"boot failed, trying again: {e}", file=sys.stderr)
-    return VirtualMachine(kernel, shape, how, shared)
+    return _booted_cleanly(kernel, shape, how, shared)
+
+
+def _booted_cleanly(kernel: Kernel, shape: Shape, how: Accel, shared: Path) -> VirtualMachine:
+    """A guest whose kernel has nothing to complain about before any test had a chance to cause it."""
+    machine = VirtualMachine(kernel, shape, how, shared)
+    try:
+        log = machine.channel.ask("inspect", machine.scale.seconds(BOOT_SECS))["log"]
+        if found := problems_in(log):
+            raise MachineDied("its kernel complained while booting:\n" + "\n".join(found))
+    except MachineDied:
+        machine.kill()
+        raise
+    return machine

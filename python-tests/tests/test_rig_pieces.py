@@ -1,0 +1,187 @@
+"""The rig's own logic, without a kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ublk_rig import accel, initramfs, kernels, layout, manifest
+from ublk_rig.moduledeps import insmod_order
+from ublk_rig.provision import wanted_packages
+from ublk_rig.timescale import EMULATION, Timescale
+from ublk_rig.verdict import problems_in
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def entry(tmp_path: Path) -> Path:
+    (tmp_path / "vmlinuz").write_bytes(b"kernel")
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/module.ko").write_bytes(b"module")
+    manifest.write(tmp_path, {"release": "1.2"})
+    return tmp_path
+
+
+def test_an_intact_entry_verifies(entry: Path) -> None:
+    assert manifest.verify(entry, ("vmlinuz", "lib/module.ko")) == {"release": "1.2"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "forge", "no manifest", "half a manifest"])
+def test_a_damaged_entry_does_not_verify(entry: Path, damage: str) -> None:
+    match damage:
+        case "flip":
+            (entry / "lib/module.ko").write_bytes(b"modulf")
+        case "truncate":
+            (entry / "vmlinuz").write_bytes(b"")
+        case "remove":
+            (entry / "lib/module.ko").unlink()
+        case "forge":
+            (entry / manifest.NAME).write_text('{"facts": {}, "files": {}}')
+        case "no manifest":
+            (entry / manifest.NAME).unlink()
+        case "half a manifest":
+            text = (entry / manifest.NAME).read_text()
+            (entry / manifest.NAME).write_text(text[: len(text) // 2])
+    with pytest.raises(manifest.BrokenEntry):
+        manifest.verify(entry, ("vmlinuz",))
+
+
+def test_modules_come_after_what_they_need() -> None:
+    dep = """k/9p.ko.xz: k/netfs.ko.xz k/9pnet.ko.xz
+k/9pnet.ko.xz:
+k/netfs.ko.xz: k/fs-cache.ko.xz
+k/fs-cache.ko.xz:
+"""
+    assert insmod_order(dep, ["9p", "built_in"]) == [
+        "k/fs-cache.ko.xz",
+        "k/netfs.ko.xz",
+        "k/9pnet.ko.xz",
+        "k/9p.ko.xz",
+    ]
+    assert insmod_order(dep, ["fs_cache", "netfs"]) == ["k/fs-cache.ko.xz", "k/netfs.ko.xz"]
+
+
+def test_the_newest_plain_image_of_a_series_is_chosen() -> None:
+    names = [
+        "linux-image-7.3.9+deb13-amd64",
+        "linux-image-7.3.10+deb13-amd64",
+        "linux-image-7.3.11+deb13-cloud-amd64",
+        "linux-image-7.3.11+deb13-rt-amd64",
+        "linux-image-7.4.1+deb13-amd64",
+        "linux-image-amd64",
+    ]
+    assert kernels.newest_image(names, "7.3") == "7.3.10+deb13-amd64"
+    assert kernels.newest_image(names, "6.12") is None
+
+
+def test_an_own_kernel_is_labelled_by_its_modules(tmp_path: Path) -> None:
+    modules = tmp_path / "lib/modules/6.16.1-mine"
+    modules.mkdir(parents=True)
+    (tmp_path / "bzImage").write_bytes(b"")
+    with pytest.raises(kernels.KernelError, match=r"modules\.dep"):
+        kernels.own(tmp_path / "bzImage", tmp_path)
+    (modules / "modules.dep").write_text("")
+    for given in (tmp_path, modules):
+        kernel = kernels.own(tmp_path / "bzImage", given)
+        assert (kernel.label, kernel.release, kernel.module_dir) == ("6.16", "6.16.1-mine", modules)
+
+
+def test_the_cache_serves_when_debian_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    release = "7.3.4+deb13-amd64"
+    target = layout.cache_dir() / "kernels" / release
+    for name in ("vmlinuz", f"lib/modules/{release}/modules.dep", f"lib/modules/{release}/modules.dep.bin"):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_text(name)
+    manifest.write(target, {"release": release})
+    (layout.cache_dir() / "chosen.json").write_text(f'{{"7.3": "{release}"}}')
+    monkeypatch.setattr("ublk_rig.apt.mirrors", list)
+    kernels.ensure.cache_clear()
+    assert kernels.ensure("7.3").release == release
+    kernels.ensure.cache_clear()
+    (target / "vmlinuz").write_text("rotten")
+    with pytest.raises(kernels.KernelError, match="cannot fetch"):
+        kernels.ensure("7.3")
+    kernels.ensure.cache_clear()
+
+
+def test_kvm_is_asked_once_per_boot_and_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("UBLK_RIG_ACCEL", raising=False)
+    asked: list[accel.Accel] = []
+
+    def boots(how: accel.Accel, _secs: float) -> bool:
+        asked.append(how)
+        return len(asked) > 1
+
+    monkeypatch.setattr("ublk_rig.accel._may_open_kvm", lambda: True)
+    assert [accel.choose(r, boots).name for r in ("1.0", "1.0", "2.0", "2.0")] == ["tcg", "tcg", "kvm", "kvm"]
+    assert asked == [accel.KVM, accel.KVM]
+    monkeypatch.setattr("ublk_rig.accel._may_open_kvm", lambda: False)
+    assert accel.choose("2.0", boots) is accel.TCG
+
+
+def test_timeouts_grow_under_emulation_and_by_the_users_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UBLK_RIG_TIMESCALE", raising=False)
+    assert Timescale.of(emulated=False).seconds(10) == 10
+    assert Timescale.of(emulated=True).seconds(10) == 10 * EMULATION
+    monkeypatch.setenv("UBLK_RIG_TIMESCALE", "2")
+    assert Timescale.of(emulated=True).seconds(10) == 20 * EMULATION
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "WARNING: CPU: 0 PID: 1 at block/blk-mq.c:1 blk_mq_free_request+0x1/0x2",
+        "WARNING: possible circular locking dependency detected",
+        "WARNING: block/blk-mq.c:1 at blk_mq_free_request+0x1/0x2, CPU#0: fio/1",
+        "BUG: kernel NULL pointer dereference, address: 0000000000000000",
+        "BUG: KASAN: slab-use-after-free in ublk_ch_release+0x1/0x2 [ublk_drv]",
+        "kernel BUG at drivers/block/ublk_drv.c:1!",
+        "Oops: general protection fault, probably for non-canonical address: 0000 [#1] PREEMPT SMP NOPTI",
+        "INFO: task fio:123 blocked for more than 45 seconds.",
+        "rcu: INFO: rcu_preempt detected stalls on CPUs/tasks:",
+        "rcu: INFO: rcu_preempt self-detected stall on CPU",
+        "watchdog: BUG: soft lockup - CPU#1 stuck for 26s! [fio:12]",
+        "Kernel panic - not syncing: Fatal exception",
+        "UBSAN: array-index-out-of-bounds in drivers/block/ublk_drv.c:1:2",
+        "refcount_t: underflow; use-after-free.",
+        "Out of memory: Killed process 1 (x)",
+    ],
+)
+def test_kernel_complaints_are_recognised(line: str) -> None:
+    assert problems_in([f"[    1.000000] {line}"]) == [f"[    1.000000] {line}"]
+    assert problems_in([line], [r"^no match$"]) == [line]
+    assert problems_in([line], [r".*"]) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "I/O error, dev ublkb0, sector 0 op 0x0:(READ) flags 0x0 phys_seg 1 prio class 2",
+        "Buffer I/O error on dev ublkb0, logical block 0, lost async page write",
+        "EXT4-fs (ublkb0): mounted filesystem with ordered data mode",
+        "EXT4-fs warning (device ublkb0): ext4_end_bio:343: I/O error 10 writing to inode 2",
+        "RCU CPU stall warnings timeout set to 63 (rcu_cpu_stall_timeout).",
+        "ublk_drv: loading out-of-tree module taints kernel.",
+        "systemd[1]: a warning: nothing of ours",
+    ],
+)
+def test_what_tests_provoke_on_purpose_is_no_complaint(line: str) -> None:
+    assert problems_in([line]) == []
+
+
+def test_the_archive_is_what_cpio_expects() -> None:
+    packed = initramfs.archive({"init": b"#!/x", "a/b/c": b"12345"})
+    assert len(packed) % 512 == 0
+    assert packed.count(b"070701") == 7  # dev, a, a/b, dev/console, init, a/b/c, trailer
+    assert b"TRAILER!!!\0" in packed
+
+
+def test_packages_are_listed_with_a_reason() -> None:
+    packages = wanted_packages()
+    assert "qemu-system-x86" in packages
+    assert all(reason for reason in packages.values())

@@ -1,0 +1,33 @@
+"""Every Rust test that needs a kernel, one by one, on every kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ublk_rig import layout, rusttests
+
+if TYPE_CHECKING:
+    from ublk_rig.guest import Guest
+
+BODY_SECS = 240
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        try:
+            cases = rusttests.cases(layout.TREE)
+        except rusttests.BuildFailed as e:
+            raise pytest.Collector.CollectError(str(e)) from e
+        metafunc.parametrize("case", cases, ids=str)
+
+
+@pytest.mark.vm(smp=4)
+def test_rust(guest: Guest, case: rusttests.Case, pytestconfig: pytest.Config) -> None:
+    if case.ignored and not pytestconfig.getoption("--full"):
+        pytest.skip("a soak: runs with --full (make test-full)")
+    guest.run("modprobe ublk_drv")
+    done = guest.run(case.command(), timeout=BODY_SECS, cwd=case.package_dir, env={"RUST_BACKTRACE": "1"})
+    # A filter that matches nothing also exits with 0.
+    assert "1 passed" in done.out, done
