@@ -6,6 +6,8 @@ use std::fmt;
 use std::io;
 use std::num::NonZeroI32;
 
+use crate::control::Holder;
+
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -195,6 +197,7 @@ struct Inner {
     cause: Option<Cow<'static, str>>,
     remedy: Option<Cow<'static, str>>,
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    holders: Vec<Holder>,
 }
 
 impl Error {
@@ -210,6 +213,7 @@ impl Error {
             cause: None,
             remedy: None,
             source: None,
+            holders: Vec::new(),
         }))
     }
 
@@ -270,6 +274,18 @@ impl Error {
         }
         self.0.source = Some(source);
         self
+    }
+
+    /// Who holds the device.
+    #[must_use]
+    pub fn with_holders(mut self, holders: Vec<Holder>) -> Self {
+        self.0.holders = holders;
+        self
+    }
+
+    /// Who holds the device, where [`ErrorKind::Busy`] is about that.
+    pub fn holders(&self) -> &[Holder] {
+        &self.0.holders
     }
 
     /// What kind of failure this is.

@@ -42,7 +42,6 @@ impl Call {
         self
     }
 
-    /// Whatever the options say; GET_DEV_INFO2 always has the path.
     fn with_path(mut self) -> Self {
         self.with_path = true;
         self
@@ -58,8 +57,7 @@ impl Inner {
             ..Default::default()
         };
         let mut memory = Vec::new();
-        let about_one = !matches!(call.command, C::AddDev | C::GetFeatures);
-        if about_one && (call.with_path || self.device_paths) {
+        if call.with_path {
             memory.extend_from_slice(self.places.char_device(call.id).as_os_str().as_bytes());
             memory.push(0);
             header.dev_path_len = memory.len() as u16;
@@ -80,6 +78,27 @@ impl Inner {
         }
         answer.memory.drain(..path_len);
         Ok(answer)
+    }
+
+    /// As [`call`](Self::call), with the path if the options ask for paths and the device is an unprivileged one: of the others the
+    /// driver takes the path for the payload.
+    fn call_device(&self, mut call: Call, wait: &Wait) -> Result<Answer> {
+        if self.device_paths && !call.with_path {
+            let info = self.info_by_path(call.id)?;
+            call.with_path = Features::from_bits(info.flags).contains(Features::UNPRIVILEGED_DEV);
+        }
+        self.call(call, wait)
+    }
+
+    fn info_by_path(&self, id: u32) -> Result<ublksrv_ctrl_dev_info> {
+        let room = bytes_of(&ublksrv_ctrl_dev_info::default()).to_vec();
+        let call = Call::new(C::GetDevInfo2, id).payload(&room).with_path();
+        let answer = self.call(call, &Wait::for_(self.patience))?;
+        Ok(from_prefix(&answer.memory))
+    }
+
+    fn call_device_soon(&self, call: Call) -> Result<Answer> {
+        self.call_device(call, &Wait::for_(self.patience))
     }
 
     fn call_soon(&self, call: Call) -> Result<Answer> {
@@ -146,7 +165,7 @@ impl Control {
     ///
     /// When the wait is over first, the kernel still finishes on its own; see [`outstanding`](Self::outstanding).
     pub fn del_dev(&self, id: u32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::DelDev, id), wait).map(drop)
+        self.0.call_device(Call::new(C::DelDev, id), wait).map(drop)
     }
 
     /// DEL_DEV_ASYNC: as [`del_dev`](Self::del_dev), without the wait for the number.
@@ -155,7 +174,7 @@ impl Control {
     ///
     /// [`ErrorKind::Unsupported`] from drivers before Linux 6.5 and, always, on unprivileged devices.
     pub fn del_dev_async(&self, id: u32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::DelDevAsync, id), wait).map(drop)
+        self.0.call_device(Call::new(C::DelDevAsync, id), wait).map(drop)
     }
 
     /// START_DEV: waits until every tag of every queue has been fetched and creates `/dev/ublkbN`. `server_pid` is the
@@ -170,7 +189,7 @@ impl Control {
     /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open, [`ErrorKind::InvalidParameter`]
     /// without parameters or with the wrong process.
     pub fn start_dev(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::StartDev, id).data(server_pid as u64), wait).map(drop)
+        self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait).map(drop)
     }
 
     /// STOP_DEV: removes `/dev/ublkbN` once its requests and its writeback are done, and ends the server's commands with
@@ -183,7 +202,7 @@ impl Control {
     ///
     /// None of its own.
     pub fn stop_dev(&self, id: u32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::StopDev, id), wait).map(drop)
+        self.0.call_device(Call::new(C::StopDev, id), wait).map(drop)
     }
 
     /// TRY_STOP_DEV: as [`stop_dev`](Self::stop_dev) if nobody has the disk open. Once it succeeded the disk cannot be
@@ -194,7 +213,7 @@ impl Control {
     /// [`ErrorKind::Busy`] if somebody has it open, [`ErrorKind::WrongState`] if there is no disk, [`ErrorKind::Unsupported`] from
     /// drivers without SAFE_STOP_DEV.
     pub fn try_stop_dev(&self, id: u32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::TryStopDev, id), wait).map(drop)
+        self.0.call_device(Call::new(C::TryStopDev, id), wait).map(drop)
     }
 
     /// SET_PARAMS, read back: the driver drops sections that it does not know and reports success.
@@ -212,7 +231,7 @@ impl Control {
     ///
     /// As [`set_params`](Self::set_params), and [`ErrorKind::InvalidParameter`].
     pub fn set_raw_params(&self, id: u32, params: &ublk_params) -> Result<()> {
-        self.0.call_soon(Call::new(C::SetParams, id).payload(bytes_of(params)))?;
+        self.0.call_device_soon(Call::new(C::SetParams, id).payload(bytes_of(params)))?;
         let taken = self.get_raw_params(id)?;
         params_wire::check_taken(params, &taken).map_err(|e| e.on_device(id))
     }
@@ -234,7 +253,8 @@ impl Control {
     /// None of its own.
     pub fn get_raw_params(&self, id: u32) -> Result<ublk_params> {
         let asked = ublk_params { len: size_of::<ublk_params>() as u32, ..Default::default() };
-        let answer = self.0.call_soon(Call::new(C::GetParams, id).payload(bytes_of(&asked)))?;
+        let answer =
+            self.0.call_device_soon(Call::new(C::GetParams, id).payload(bytes_of(&asked)))?;
         Ok(from_prefix(&answer.memory))
     }
 
@@ -250,8 +270,11 @@ impl Control {
     }
 
     fn get_raw_info(&self, id: u32) -> Result<ublksrv_ctrl_dev_info> {
+        if self.0.device_paths {
+            return self.0.info_by_path(id);
+        }
         let room = bytes_of(&ublksrv_ctrl_dev_info::default()).to_vec();
-        let answer = self.0.call_soon(Call::new(C::GetDevInfo, id).payload(&room))?;
+        let answer = self.0.call_device_soon(Call::new(C::GetDevInfo, id).payload(&room))?;
         Ok(from_prefix(&answer.memory))
     }
 
@@ -262,10 +285,7 @@ impl Control {
     ///
     /// [`ErrorKind::Unsupported`] from drivers before Linux 6.3.
     pub fn get_dev_info2(&self, id: u32) -> Result<DeviceInfo> {
-        let room = bytes_of(&ublksrv_ctrl_dev_info::default()).to_vec();
-        let call = Call::new(C::GetDevInfo2, id).payload(&room).with_path();
-        let answer = self.0.call_soon(call)?;
-        let mut info = DeviceInfo::from_uapi(&from_prefix(&answer.memory));
+        let mut info = DeviceInfo::from_uapi(&self.0.info_by_path(id)?);
         info.capacity = self.0.places.capacity(id);
         Ok(info)
     }
@@ -277,7 +297,7 @@ impl Control {
     /// [`ErrorKind::InvalidParameter`] if the device has no such queue.
     pub fn get_queue_affinity(&self, id: u32, queue: u16) -> Result<CpuSet> {
         let call = Call::new(C::GetQueueAffinity, id).data(queue.into()).payload(&[0; CPU_BYTES]);
-        let answer = self.0.call_soon(call).map_err(|e| e.on_queue(queue))?;
+        let answer = self.0.call_device_soon(call).map_err(|e| e.on_queue(queue))?;
         Ok(CpuSet::from_words(answer.memory.chunks_exact(8).map(from_prefix)))
     }
 
@@ -288,7 +308,7 @@ impl Control {
     /// [`ErrorKind::Busy`] while the former server, or a process that it forked, has `/dev/ublkcN` open,
     /// [`ErrorKind::WrongState`] if the device cannot be recovered.
     pub fn start_user_recovery(&self, id: u32) -> Result<()> {
-        self.0.call_soon(Call::new(C::StartUserRecovery, id)).map(drop)
+        self.0.call_device_soon(Call::new(C::StartUserRecovery, id)).map(drop)
     }
 
     /// END_USER_RECOVERY: waits until every tag has been fetched again and lets I/O flow. When the wait is over first, the
@@ -298,7 +318,9 @@ impl Control {
     ///
     /// [`ErrorKind::WrongState`] if the device is not being recovered.
     pub fn end_user_recovery(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::EndUserRecovery, id).data(server_pid as u64), wait).map(drop)
+        self.0
+            .call_device(Call::new(C::EndUserRecovery, id).data(server_pid as u64), wait)
+            .map(drop)
     }
 
     /// UPDATE_SIZE: resizes a live disk, in bytes. The driver does not compare the size with the logical block size; this does.
@@ -316,7 +338,9 @@ impl Control {
                     "the capacity is a multiple of the logical block size ({block}) below 2^63 bytes, not {capacity}"
                 )));
         }
-        self.0.call_soon(Call::new(C::UpdateSize, id).data(capacity / super::SECTOR)).map(drop)
+        self.0
+            .call_device_soon(Call::new(C::UpdateSize, id).data(capacity / super::SECTOR))
+            .map(drop)
     }
 
     /// QUIESCE_DEV: takes a live, recoverable device from its server. `idle_ms` bounds the driver's own wait for idle tags,
@@ -328,7 +352,7 @@ impl Control {
     ///
     /// [`ErrorKind::Busy`] if requests stay with the server, [`ErrorKind::WrongState`] without a disk, [`ErrorKind::Unsupported`] without QUIESCE.
     pub fn quiesce_dev(&self, id: u32, idle_ms: u64, wait: &Wait) -> Result<()> {
-        self.0.call(Call::new(C::QuiesceDev, id).data(idle_ms), wait).map(drop)
+        self.0.call_device(Call::new(C::QuiesceDev, id).data(idle_ms), wait).map(drop)
     }
 
     /// REG_BUF: shares memory of this process with the device, read-only if its flags say so. Returns the buffer's index.
@@ -343,7 +367,7 @@ impl Control {
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that is not whole pages.
     pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
-        let answer = self.0.call_soon(Call::new(C::RegBuf, id).payload(bytes_of(buffer)))?;
+        let answer = self.0.call_device_soon(Call::new(C::RegBuf, id).payload(bytes_of(buffer)))?;
         Ok(answer.result as u32)
     }
 
@@ -353,6 +377,6 @@ impl Control {
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::Io`] with `ENOENT` for an unknown index.
     pub fn unreg_buf(&self, id: u32, index: u32) -> Result<()> {
-        self.0.call_soon(Call::new(C::UnregBuf, id).data(index.into())).map(drop)
+        self.0.call_device_soon(Call::new(C::UnregBuf, id).data(index.into())).map(drop)
     }
 }

@@ -1,10 +1,14 @@
 //! All devices of the machine: listing them, and deleting one whoever made it.
 
 use super::Control;
-use super::holders::{self, Holder};
+use super::holders::{self, Holder, Nodes};
+use std::path::Path;
+
 use super::info::{DeviceInfo, DeviceState};
 use super::wait::Wait;
 use crate::error::{Error, ErrorKind, Result};
+
+const PROC: &str = "/proc";
 
 impl Control {
     /// Every device of this machine that the caller may ask about, by ascending id.
@@ -59,6 +63,7 @@ impl Control {
             ErrorKind::PermissionDenied | ErrorKind::InvalidParameter => self.get_dev_info2(id),
             _ => Err(e),
         })?;
+        let nodes = Nodes::of(&self.0.places.sys, id);
         let deleted = match info.state {
             DeviceState::Dead => Ok(()),
             _ => self.stop_dev(id, wait),
@@ -68,7 +73,7 @@ impl Control {
             if e.kind() != ErrorKind::TimedOut {
                 return e;
             }
-            let found = holders::sentence(&self.holders(id));
+            let found = holders::sentence(&holders::holders(Path::new(PROC), &nodes));
             let cause = e.cause().unwrap_or_default().to_owned();
             let server = info.server_pid.map(|pid| format!("process {pid} serves it"));
             match (found.is_empty(), server) {
@@ -82,6 +87,6 @@ impl Control {
     /// What keeps a device in use, as far as this process can see: as root every process, otherwise the same user's;
     /// mounts of this mount namespace only. A server that keeps its node in a ring's table of files is not seen.
     pub fn holders(&self, id: u32) -> Vec<Holder> {
-        holders::holders(&self.0.places.sys, std::path::Path::new("/proc"), id)
+        holders::holders(Path::new(PROC), &Nodes::of(&self.0.places.sys, id))
     }
 }

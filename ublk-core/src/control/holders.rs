@@ -24,6 +24,9 @@ pub enum Holder {
     Claim(String),
     /// Swap on the disk.
     Swap,
+    /// The driver says that the disk is open; by whom cannot be seen from here (another namespace, a missing privilege,
+    /// or the kernel itself, which reads a new disk's partition table).
+    Unseen,
 }
 
 impl fmt::Display for Holder {
@@ -39,28 +42,44 @@ impl fmt::Display for Holder {
             Holder::Mount(point) => write!(f, "it is mounted on {}", point.display()),
             Holder::Claim(name) => write!(f, "{name} is on top of it"),
             Holder::Swap => f.write_str("it is swapped to"),
+            Holder::Unseen => f.write_str("it is open somewhere that cannot be seen from here"),
+        }
+    }
+}
+
+/// The numbers of a device's nodes, and what is on top of its disk: what sysfs forgets while the device goes away.
+pub(crate) struct Nodes {
+    id: u32,
+    node: Option<u64>,
+    disks: Vec<u64>,
+    claims: Vec<Holder>,
+}
+
+impl Nodes {
+    pub(crate) fn of(sys: &Path, id: u32) -> Self {
+        let disk = sys.join(format!("class/block/ublkb{id}"));
+        // The disk and its partitions, whose directories lie in the disk's.
+        let parts = list(&disk).into_iter().filter(|p| p.join("partition").exists());
+        let disks: Vec<_> = std::iter::once(disk.clone()).chain(parts).collect();
+        let claims = disks.iter().flat_map(|d| list(&d.join("holders")));
+        Nodes {
+            id,
+            node: number(&sys.join(format!("class/ublk-char/ublkc{id}/dev"))),
+            claims: claims
+                .filter_map(|c| Some(Holder::Claim(c.file_name()?.to_str()?.into())))
+                .collect(),
+            disks: disks.iter().filter_map(|d| number(&d.join("dev"))).collect(),
         }
     }
 }
 
 /// The holders of a device that this process can see: it sees every process as root and its own user's otherwise,
 /// and mounts of its own mount namespace only.
-pub(crate) fn holders(sys: &Path, proc: &Path, id: u32) -> Vec<Holder> {
-    let mut found = Vec::new();
-    let disk = sys.join(format!("class/block/ublkb{id}"));
-    let node = number(&sys.join(format!("class/ublk-char/ublkc{id}/dev")));
-    // The disk and its partitions, whose directories lie in the disk's.
-    let parts = list(&disk).into_iter().filter(|p| p.join("partition").exists());
-    let disks: Vec<_> = std::iter::once(disk.clone()).chain(parts).collect();
-    let numbers: Vec<_> = disks.iter().filter_map(|d| number(&d.join("dev"))).collect();
-    for part in &disks {
-        let claims = list(&part.join("holders"));
-        found.extend(
-            claims.iter().filter_map(|c| Some(Holder::Claim(c.file_name()?.to_str()?.into()))),
-        );
-    }
+pub(crate) fn holders(proc: &Path, nodes: &Nodes) -> Vec<Holder> {
+    let Nodes { id, node, disks: numbers, claims } = nodes;
+    let mut found = claims.clone();
     let mounts = fs::read_to_string(proc.join("self/mountinfo")).unwrap_or_default();
-    found.extend(mounts.lines().filter_map(|line| mounted(line, &numbers)).map(Holder::Mount));
+    found.extend(mounts.lines().filter_map(|line| mounted(line, numbers)).map(Holder::Mount));
     let swaps = fs::read_to_string(proc.join("swaps")).unwrap_or_default();
     let name = format!("/dev/ublkb{id}");
     let is_swap = |path: &str| {
@@ -77,7 +96,8 @@ pub(crate) fn holders(sys: &Path, proc: &Path, id: u32) -> Vec<Holder> {
             list(&process.join("fd")).iter().filter_map(|fd| open_number(fd)).collect();
         for disk in [true, false] {
             let holds = open.iter().any(|&(block, number)| {
-                block == disk && if disk { numbers.contains(&number) } else { node == Some(number) }
+                block == disk
+                    && if disk { numbers.contains(&number) } else { *node == Some(number) }
             });
             if holds {
                 let name = fs::read_to_string(process.join("comm")).unwrap_or_default();
@@ -147,12 +167,12 @@ mod tests {
                       37 25 259:9 / /mnt/other rw - ext4 /dev/ublkb9 rw\n";
         fs::write(proc.join("self/mountinfo"), mounts).unwrap();
         fs::write(proc.join("swaps"), "Filename Type\n/dev/ublkb30 partition\n").unwrap();
-        let found = holders(&sys, &proc, 3);
+        let found = holders(&proc, &Nodes::of(&sys, 3));
         let expected = [Holder::Claim("dm-0".into()), Holder::Mount("/mnt/a b".into())];
         assert_eq!(found, expected);
         assert_eq!(sentence(&found), "dm-0 is on top of it, it is mounted on /mnt/a b");
         fs::write(proc.join("swaps"), "/dev/ublkb3 partition\n").unwrap();
-        assert!(holders(&sys, &proc, 3).contains(&Holder::Swap));
+        assert!(holders(&proc, &Nodes::of(&sys, 3)).contains(&Holder::Swap));
         fs::remove_dir_all(root).unwrap();
     }
 

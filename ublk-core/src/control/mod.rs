@@ -25,7 +25,7 @@ mod holders;
 mod info;
 mod node;
 mod node_maker;
-mod node_watch;
+pub(crate) mod node_watch;
 mod params;
 mod params_wire;
 mod pool;
@@ -88,8 +88,9 @@ impl ControlOptions {
         self
     }
 
-    /// Sends the path of `/dev/ublkcN` with each command, as unprivileged devices demand: the driver checks the
-    /// caller's permissions on that node in place of CAP_SYS_ADMIN.
+    /// Sends the path of `/dev/ublkcN` with each command about an unprivileged device: the driver then checks the caller's
+    /// permissions on that node in place of CAP_SYS_ADMIN. Costs a GET_DEV_INFO2 before each command, since
+    /// the driver takes the path for the payload where a device is not an unprivileged one.
     pub fn device_paths(mut self, on: bool) -> Self {
         self.device_paths = on;
         self

@@ -47,11 +47,14 @@ impl Drop for SignalsBlocked {
 /// to a disk that it serves (`PR_SET_IO_FLUSHER`, needs `CAP_SYS_RESOURCE`).
 pub(crate) fn set_io_flusher() -> Result<(), Errno> {
     // SAFETY: prctl with integers.
-    match unsafe { libc::prctl(libc::PR_SET_IO_FLUSHER, 1, 0, 0, 0) } {
+    match unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } {
         0 => Ok(()),
         _ => Err(Errno::last()),
     }
 }
+
+/// From `linux/prctl.h`, since Linux 5.6; not in the libc crate for glibc.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
 /// The largest CPU number that is handled, plus one; the kernel's own limit is `NR_CPUS` = 8192.
 const MAX_CPUS: usize = 8192;

@@ -28,7 +28,6 @@ pub(crate) struct WorkerRing {
     ring: Listed<IoUring>,
     /// Completions are delivered only inside an enter that asks for them.
     deferred: bool,
-    enters: u64,
 }
 
 /// Why an entry was not taken: the submission queue is full until the next enter.
@@ -60,7 +59,7 @@ impl WorkerRing {
         for setup in SETUPS {
             match Self::try_setup(size, setup) {
                 Ok(ring) => {
-                    let this = WorkerRing { ring, deferred: setup.deferred, enters: 0 };
+                    let this = WorkerRing { ring, deferred: setup.deferred };
                     this.ring.submitter().register_files_sparse(size.files).map_err(|e| {
                         Error::new(ErrorKind::TooMany, "register a table of files with io_uring")
                             .with_source(e)
@@ -114,7 +113,6 @@ impl WorkerRing {
         // Deferred completions are delivered by GETEVENTS only, and so is an overflow of the completion
         // queue.
         let flags = EnterFlags::GETEVENTS.bits();
-        self.enters += 1;
         // SAFETY: no argument structure is passed; the entries' validity is `push`'s contract.
         let entered = unsafe {
             self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None)
@@ -164,14 +162,14 @@ impl WorkerRing {
         queue.capacity() - queue.len()
     }
 
+    /// Entries in the submission queue that the kernel has not taken.
+    pub(crate) fn queued(&mut self) -> usize {
+        self.ring.submission().len()
+    }
+
     /// Commands that may be in flight without overflowing the completion queue.
     pub(crate) fn completions(&self) -> u32 {
         self.ring.params().cq_entries()
-    }
-
-    /// How often the kernel was entered.
-    pub(crate) fn enters(&self) -> u64 {
-        self.enters
     }
 }
 

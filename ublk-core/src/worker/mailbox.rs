@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::executor::TaskNode;
 use super::handoff::{Doorbell, Push, Stack};
+use super::meter::Counter;
 use super::slot::Slot;
 use super::turn::Message;
 use crate::error::Result;
@@ -23,6 +24,8 @@ pub(crate) struct Mailbox {
     bell: Doorbell,
     /// How often somebody had to wake the worker.
     rings: AtomicU64,
+    /// How often the worker entered the kernel. Here, because readers cannot wait for the core's lock.
+    pub(crate) enters: Counter,
     /// `None` where nobody ever sleeps on it (models and tests of the parts).
     event: Option<Event>,
 }
@@ -45,6 +48,7 @@ impl Mailbox {
             has_messages: AtomicBool::new(false),
             bell: Doorbell::new(),
             rings: AtomicU64::new(0),
+            enters: Counter::default(),
             event,
         })
     }

@@ -22,7 +22,6 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use super::handoff::{Link, Linked};
 use super::mailbox::Mailbox;
 use crate::error::Errno;
-use crate::sys::clock::Stamp;
 use crate::sys::memory::Region;
 
 /// A tag's data memory: a part of a region that is kept alive by it.
@@ -107,8 +106,6 @@ pub(crate) struct Slot {
     place: Place,
     buffer: Buffer,
     mailbox: Arc<Mailbox>,
-    /// When the request arrived; 0 while the tag is with the kernel.
-    started: AtomicU64,
     /// Ring operations in flight on the buffer. The worker commits only at zero.
     operations: AtomicU32,
 }
@@ -127,7 +124,6 @@ impl Slot {
             place,
             buffer,
             mailbox,
-            started: AtomicU64::new(0),
             operations: AtomicU32::new(0),
         })
     }
@@ -147,13 +143,8 @@ impl Slot {
     /// The worker hands the slot to a new request. False if the slot is not the kernel's, which would be a
     /// second request on the same tag.
     #[must_use]
-    pub(crate) fn issue(&self, now: Stamp) -> bool {
-        let issued =
-            self.state.compare_exchange(KERNEL, OWNED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
-        if issued {
-            self.started.store(now.raw(), Ordering::Relaxed);
-        }
-        issued
+    pub(crate) fn issue(&self) -> bool {
+        self.state.compare_exchange(KERNEL, OWNED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
     }
 
     /// The request ends. False if it was revoked before.
@@ -168,14 +159,7 @@ impl Slot {
     /// The worker takes the tag away from its request. False if the request ended before, or there is none.
     #[must_use]
     pub(crate) fn revoke(&self) -> bool {
-        let revoked = self
-            .state
-            .compare_exchange(OWNED, REVOKED, Ordering::AcqRel, Ordering::Acquire)
-            .is_ok();
-        if revoked {
-            self.started.store(0, Ordering::Relaxed);
-        }
-        revoked
+        self.state.compare_exchange(OWNED, REVOKED, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 
     /// How the request ended; `None` unless it did.
@@ -199,23 +183,12 @@ impl Slot {
     /// The worker gives the tag back to the kernel.
     pub(crate) fn recycle(&self) {
         debug_assert_eq!(self.state.load(Ordering::Relaxed) & PHASE, DONE);
-        self.started.store(0, Ordering::Relaxed);
         self.state.store(KERNEL, Ordering::Release);
-    }
-
-    /// Whether a request is out and not finished.
-    pub(crate) fn is_owned(&self) -> bool {
-        self.state.load(Ordering::Acquire) & PHASE == OWNED
     }
 
     /// Whether the kernel and the worker alone may touch the buffer.
     pub(crate) fn is_with_kernel(&self) -> bool {
         self.state.load(Ordering::Acquire) & PHASE == KERNEL
-    }
-
-    /// When the request that is out arrived.
-    pub(crate) fn started(&self) -> Option<Stamp> {
-        Stamp::from_raw(self.started.load(Ordering::Relaxed))
     }
 
     /// A ring operation on the buffer begins. The worker's thread only.
@@ -254,16 +227,14 @@ mod tests {
         let slot = slot();
         for result in [Ok(0), Ok(512), Ok(32 << 20), Err(Errno::EIO), Err(Errno::ENOSPC)] {
             assert!(!slot.finish(outcome(result)), "with the kernel");
-            assert!(slot.issue(Stamp::now()));
-            assert!(!slot.issue(Stamp::now()), "two requests on a tag");
-            assert!(slot.started().is_some());
+            assert!(slot.issue());
+            assert!(!slot.issue(), "two requests on a tag");
             assert_eq!(slot.outcome(), None);
             assert!(slot.finish(outcome(result)));
             assert!(!slot.finish(outcome(Ok(1))), "a second end");
             assert!(!slot.revoke(), "too late to revoke");
             assert_eq!(slot.outcome(), Some(outcome(result)));
             slot.recycle();
-            assert_eq!(slot.started(), None);
         }
     }
 
@@ -271,10 +242,10 @@ mod tests {
     fn a_revoked_slot_is_never_used_again() {
         let slot = slot();
         assert!(!slot.revoke(), "nothing to revoke");
-        assert!(slot.issue(Stamp::now()));
+        assert!(slot.issue());
         assert!(slot.revoke());
         assert!(!slot.finish(outcome(Ok(0))));
-        assert!(!slot.issue(Stamp::now()));
+        assert!(!slot.issue());
         assert_eq!(slot.outcome(), None);
     }
 
@@ -283,7 +254,7 @@ mod tests {
         let rounds = if cfg!(miri) { 20 } else { 500 };
         for _ in 0..rounds {
             let slot = slot();
-            assert!(slot.issue(Stamp::now()));
+            assert!(slot.issue());
             let (finished, revoked) = std::thread::scope(|s| {
                 let f = s.spawn(|| slot.finish(outcome(Ok(0))));
                 let r = s.spawn(|| slot.revoke());

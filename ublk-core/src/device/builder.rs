@@ -1,0 +1,395 @@
+//! What a device is to be, before it exists.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::running::Running;
+use super::start::Added;
+use crate::backend::{AsyncBackend, Backend, Capabilities, QueueHandler};
+use crate::control::{
+    AddDevice, Control, DeviceParams, Discard, FeatureRequest, Features, ParamsBuilder,
+    SegmentLimits,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::memory::Backing;
+use crate::worker::pool::Workers;
+use crate::worker::serve::{Async, Inline, Pool, Pooled};
+use crate::worker::turn::HandlerFactory;
+
+/// Who answers the requests.
+pub(crate) trait Service: Send + Sync {
+    /// Starts what the service needs besides the workers.
+    fn start(&self, threads: usize, name: &str) -> Result<Option<Arc<Pool>>>;
+    /// Makes the handler of a queue.
+    fn handler(&self, queue: u16, pool: Option<&Arc<Pool>>) -> HandlerFactory;
+    /// Whether a pool of threads makes sense.
+    fn blocks(&self) -> bool;
+}
+
+struct Blocking<B>(Arc<B>);
+
+impl<B: Backend> Service for Blocking<B> {
+    fn start(&self, threads: usize, name: &str) -> Result<Option<Arc<Pool>>> {
+        match threads {
+            0 => Ok(None),
+            n => Pool::start(Arc::clone(&self.0), n, name).map(Some),
+        }
+    }
+    fn handler(&self, _queue: u16, pool: Option<&Arc<Pool>>) -> HandlerFactory {
+        match pool {
+            Some(pool) => {
+                let pool = Arc::clone(pool);
+                Box::new(move || Box::new(Pooled(pool)))
+            }
+            None => {
+                let backend = Arc::clone(&self.0);
+                Box::new(move || Box::new(Inline(backend)))
+            }
+        }
+    }
+    fn blocks(&self) -> bool {
+        true
+    }
+}
+
+struct Asynchronous<B>(Arc<B>);
+
+impl<B: AsyncBackend> Service for Asynchronous<B> {
+    fn start(&self, _threads: usize, _name: &str) -> Result<Option<Arc<Pool>>> {
+        Ok(None)
+    }
+    fn handler(&self, _queue: u16, _pool: Option<&Arc<Pool>>) -> HandlerFactory {
+        let backend = Arc::clone(&self.0);
+        Box::new(move || Box::new(Async(backend)))
+    }
+    fn blocks(&self) -> bool {
+        false
+    }
+}
+
+struct Raw<F>(Arc<F>);
+
+impl<F, H> Service for Raw<F>
+where
+    F: Fn(u16) -> H + Send + Sync + 'static,
+    H: QueueHandler,
+{
+    fn start(&self, _threads: usize, _name: &str) -> Result<Option<Arc<Pool>>> {
+        Ok(None)
+    }
+    fn handler(&self, queue: u16, _pool: Option<&Arc<Pool>>) -> HandlerFactory {
+        let make = Arc::clone(&self.0);
+        Box::new(move || Box::new(make(queue)))
+    }
+    fn blocks(&self) -> bool {
+        false
+    }
+}
+
+/// Describes a device and its backend; [`start`](Self::start) makes it.
+///
+/// What the backend is [able to do](Capabilities) decides what the disk advertises: no `WRITE`, a read-only
+/// disk; no `FLUSH`, no volatile cache; and so on.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use ublk_core::{Builder, targets::Mem};
+///
+/// # fn main() -> ublk_core::Result<()> {
+/// let disk = Builder::new(1 << 30, Mem::new(1 << 30)).queues(2).queue_depth(64).start()?;
+/// println!("{}", disk.path().display());
+/// disk.stop(Duration::from_secs(10))?;
+/// # Ok(())
+/// # }
+/// ```
+#[must_use]
+pub struct Builder {
+    params: ParamsBuilder,
+    pub(super) service: Box<dyn Service>,
+    capabilities: Capabilities,
+    read_only: bool,
+    discard: Option<Discard>,
+    max_write_zeroes: Option<u64>,
+    features: FeatureRequest,
+    id: Option<u32>,
+    pub(super) threads: usize,
+    pub(super) workers: Option<Workers>,
+    pub(super) pin: bool,
+    pub(super) backing: Backing,
+    pub(super) start_timeout: Duration,
+}
+
+/// A builder's description, checked.
+pub(super) struct Plan {
+    pub(super) params: DeviceParams,
+    pub(super) add: AddDevice,
+}
+
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident: $ty:ty;)*) => {
+        impl Builder {
+            $($(#[$doc])* pub fn $name(mut self, $name: $ty) -> Self {
+                self.params = self.params.$name($name);
+                self
+            })*
+        }
+    };
+}
+
+params! {
+    /// Hardware queues, 1 to 4096; the driver clamps them to the number of CPUs. Default 1.
+    queues: u16;
+    /// Tags of each queue: requests that can be in progress, 1 to 4096. Default 128.
+    queue_depth: u16;
+    /// Bytes of the largest request: a multiple of the page size, at most 32 MiB. Default 512 KiB. Each tag
+    /// has a buffer of this size, whose memory is used only as far as requests touch it.
+    max_io_bytes: u32;
+    /// Bytes of a logical block: a power of two from 512 to the page size. Default 512.
+    logical_block_size: u32;
+    /// Bytes of a physical block: a power of two from the logical block size to 256 MiB. Default 4096.
+    physical_block_size: u32;
+    /// Bytes of the smallest I/O that is not slow: a power of two. Default the physical block size.
+    io_min: u32;
+    /// Bytes of the best I/O: a power of two. Default the physical block size.
+    io_opt: u32;
+    /// Whether the disk seeks. Default no.
+    rotational: bool;
+    /// Bytes that the memory of direct I/O is aligned to: a power of two from 2 to the page size. A
+    /// requirement: drivers before Linux 6.15 do not know it. Default the kernel's choice.
+    dma_alignment: u32;
+    /// Limits of memory segments. A requirement: drivers before Linux 6.15 do not know them.
+    segments: SegmentLimits;
+}
+
+impl Builder {
+    /// A disk of `size` bytes, a multiple of the logical block size, served by blocking calls.
+    pub fn new(size: u64, backend: impl Backend) -> Self {
+        let capabilities = backend.capabilities();
+        Self::with_service(size, capabilities, Box::new(Blocking(Arc::new(backend))))
+    }
+
+    /// A disk of `size` bytes served by futures on the workers' rings.
+    pub fn new_async(size: u64, backend: impl AsyncBackend) -> Self {
+        let capabilities = backend.capabilities();
+        Self::with_service(size, capabilities, Box::new(Asynchronous(Arc::new(backend))))
+    }
+
+    /// A disk of `size` bytes whose requests go to handlers as they are; `make(queue)` is called on each
+    /// queue's worker.
+    ///
+    /// ```no_run
+    /// use ublk_core::{Builder, Capabilities, Errno, QueueContext, Request};
+    ///
+    /// let disk = Builder::with_handlers(1 << 20, Capabilities::WRITE, |_queue| {
+    ///     |request: Request, _: &mut QueueContext<'_>| {
+    ///         std::thread::spawn(move || request.complete(Ok::<(), Errno>(())));
+    ///     }
+    /// });
+    /// ```
+    pub fn with_handlers<F, H>(size: u64, capabilities: Capabilities, make: F) -> Self
+    where
+        F: Fn(u16) -> H + Send + Sync + 'static,
+        H: QueueHandler,
+    {
+        Self::with_service(size, capabilities, Box::new(Raw(Arc::new(make))))
+    }
+
+    fn with_service(size: u64, capabilities: Capabilities, service: Box<dyn Service>) -> Self {
+        Builder {
+            params: DeviceParams::builder(size),
+            service,
+            capabilities,
+            read_only: false,
+            discard: None,
+            max_write_zeroes: None,
+            features: FeatureRequest::default(),
+            id: None,
+            threads: 0,
+            workers: None,
+            pin: true,
+            backing: Backing::default(),
+            start_timeout: Duration::from_secs(30),
+        }
+    }
+
+    /// The device's number, below 2^20. Default: the lowest that is free.
+    pub fn id(mut self, id: u32) -> Self {
+        self.id = Some(id);
+        self
+    }
+
+    /// A read-only disk, also if the backend can write.
+    pub fn read_only(mut self, read_only: bool) -> Self {
+        self.read_only = read_only;
+        self
+    }
+
+    /// How discards are limited, for a backend that takes them. Default: granules of one logical block.
+    pub fn discard(mut self, discard: Discard) -> Self {
+        self.discard = Some(discard);
+        self
+    }
+
+    /// Bytes of the largest write of zeroes, for a backend that takes them: a multiple of the logical
+    /// block size. Default: the most that a request can say.
+    pub fn max_write_zeroes_bytes(mut self, bytes: u64) -> Self {
+        self.max_write_zeroes = Some(bytes);
+        self
+    }
+
+    /// Features without which there is to be no device.
+    pub fn require(mut self, features: Features) -> Self {
+        self.features.require |= features;
+        self
+    }
+
+    /// Features to be asked for where the kernel has them.
+    pub fn prefer(mut self, features: Features) -> Self {
+        self.features.prefer |= features;
+        self
+    }
+
+    /// Features with which there is to be no device.
+    pub fn forbid(mut self, features: Features) -> Self {
+        self.features.forbid |= features;
+        self
+    }
+
+    /// Threads that make the blocking calls, up to 1024, so that a slow one does not stall its queue. Default
+    /// 0: the workers make them.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = threads;
+        self
+    }
+
+    /// Serves the queues by the workers of a pool. Default: a worker for each queue.
+    pub fn workers(mut self, workers: &Workers) -> Self {
+        self.workers = Some(workers.clone());
+        self
+    }
+
+    /// Whether each queue's worker runs only on the CPUs whose I/O comes by that queue (as far as this
+    /// process may use them). Default yes; a pool's workers are never pinned.
+    pub fn pin(mut self, pin: bool) -> Self {
+        self.pin = pin;
+        self
+    }
+
+    /// Faults all buffers in at the start, and keeps their memory when the device is idle. Default no.
+    pub fn populate(mut self, populate: bool) -> Self {
+        self.backing.populate = populate;
+        self
+    }
+
+    /// Allows transparent huge pages for the buffers, and keeps their memory when the device is idle. Default
+    /// no.
+    pub fn huge_pages(mut self, huge_pages: bool) -> Self {
+        self.backing.huge_pages = huge_pages;
+        self
+    }
+
+    /// How long the start may take, from the first command to the usable disk. Default 30 seconds.
+    pub fn start_timeout(mut self, timeout: Duration) -> Self {
+        self.start_timeout = timeout;
+        self
+    }
+
+    /// Checks what can be checked without the kernel.
+    pub(super) fn plan(&self) -> Result<Plan> {
+        let invalid = |cause: String| {
+            Err(Error::new(ErrorKind::InvalidParameter, "describe the device").because(cause))
+        };
+        let caps = self.capabilities;
+        if caps.contains(Capabilities::FUA) && !caps.contains(Capabilities::FLUSH) {
+            return invalid("a backend with FUA needs FLUSH: the kernel knows FUA only on a disk with a \
+                            volatile cache"
+                .into());
+        }
+        if self.threads > 1024 {
+            return invalid(format!("{} threads are more than 1024", self.threads));
+        }
+        if self.threads > 0 && !self.service.blocks() {
+            return invalid("threads are for a backend with blocking calls".into());
+        }
+        // Without these the base is what every mode that is not asked for would change.
+        let unserved = Features::USER_COPY
+            | Features::SUPPORT_ZERO_COPY
+            | Features::AUTO_BUF_REG
+            | Features::NEED_GET_DATA
+            | Features::BATCH_IO
+            | Features::ZONED
+            | Features::INTEGRITY
+            | Features::UNPRIVILEGED_DEV
+            | Features::SHMEM_ZC
+            | Features::IO_DESC_SIZE
+            | Features::USER_RECOVERY
+            | Features::USER_RECOVERY_REISSUE
+            | Features::USER_RECOVERY_FAIL_IO
+            | Features::QUIESCE;
+        let asked = self.features.require & unserved;
+        if !asked.is_empty() {
+            return Err(Error::new(ErrorKind::Unsupported, "describe the device")
+                .because(format!("this version of the library cannot serve {asked}")));
+        }
+        let write = caps.contains(Capabilities::WRITE) && !self.read_only;
+        let mut params = self
+            .params
+            .clone()
+            .read_only(!write)
+            .volatile_cache(write && caps.contains(Capabilities::FLUSH))
+            .fua(write && caps.contains(Capabilities::FUA));
+        // Checked once to know the block size that the defaults below rest on.
+        let block = params.build()?.logical_block_size();
+        if write && caps.contains(Capabilities::DISCARD) {
+            params = params.discard(self.discard.unwrap_or(Discard::granules_of(block)));
+        } else if self.discard.is_some() {
+            return invalid("a discard limit is for a backend that takes discards".into());
+        }
+        if write && caps.contains(Capabilities::WRITE_ZEROES) {
+            let most = Discard::granules_of(block).max_bytes;
+            params = params.max_write_zeroes_bytes(self.max_write_zeroes.unwrap_or(most));
+        } else if self.max_write_zeroes.is_some() {
+            return invalid(
+                "a limit of writes of zeroes is for a backend that takes them".into(),
+            );
+        }
+        let params = params.build()?;
+        let mut features = self.features;
+        features.prefer = features.prefer - unserved;
+        let add = AddDevice::new(&params).id(self.id).features(features);
+        Ok(Plan { params, add })
+    }
+
+    /// Adds the device to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`] before anything exists, and what
+    /// [`Control::add_dev`] reports.
+    pub fn add(self, control: &Control) -> Result<Added> {
+        let plan = self.plan()?;
+        Added::new(self, plan, control.clone())
+    }
+
+    /// Opens the driver, adds the device and starts it.
+    ///
+    /// # Errors
+    ///
+    /// As [`add`](Self::add), [`Control::open`] and [`Added::start`].
+    pub fn start(self) -> Result<Running> {
+        // Before the driver is asked for, so that a bad description is an error on any machine.
+        self.plan()?;
+        self.add(&Control::open()?)?.start()
+    }
+}
+
+impl std::fmt::Debug for Builder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Builder")
+            .field("params", &self.params)
+            .field("capabilities", &self.capabilities)
+            .field("features", &self.features)
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}

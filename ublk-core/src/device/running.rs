@@ -1,0 +1,283 @@
+//! A disk that is served, the handle for other threads, and what is left when it is stopped.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::life::{Ending, Life, Phase};
+use super::stats::{DeviceStats, QueueStats};
+use super::stop::Manner;
+use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::clock::Stamp;
+use crate::sys::fork;
+
+/// A device's handle, for any thread: cheap to clone, it keeps nothing alive but its own numbers.
+///
+/// In a forked child every call that could touch the device is refused with [`ErrorKind::Forked`].
+#[derive(Clone)]
+pub struct Device(Arc<Life>);
+
+impl Device {
+    /// The device's number.
+    pub fn id(&self) -> u32 {
+        self.0.info.id
+    }
+
+    /// The disk: `/dev/ublkbN`.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// The features that the driver granted.
+    pub fn features(&self) -> Features {
+        self.0.info.features
+    }
+
+    /// The device as the driver described it when it was added.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.0.info
+    }
+
+    /// The disk's parameters.
+    pub fn params(&self) -> &DeviceParams {
+        &self.0.params
+    }
+
+    /// What is not as it should be, though the disk works: a privilege that is missing, for instance.
+    pub fn warnings(&self) -> Vec<String> {
+        self.0.warnings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Where the device is in its life, by the driver's word; `Dead` once it has ended.
+    ///
+    /// # Errors
+    ///
+    /// As [`Control::get_dev_info`](crate::control::Control::get_dev_info).
+    pub fn state(&self) -> Result<DeviceState> {
+        self.0.check_process("ask for the device's state")?;
+        match self.0.control.get_dev_info(self.id()) {
+            Ok(info) => Ok(info.state),
+            Err(e) if e.kind() == ErrorKind::NoSuchDevice => Ok(DeviceState::Dead),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// What the device has counted since it was started.
+    pub fn stats(&self) -> DeviceStats {
+        let now = Stamp::now();
+        let queues = self.0.queues();
+        let mut stats = DeviceStats {
+            queues: queues.iter().map(|q| QueueStats::of(&q.meter, now)).collect(),
+            pool_panics: self.0.pool.as_ref().map_or(0, |pool| pool.panics()),
+            ..DeviceStats::default()
+        };
+        for queue in queues {
+            let (enters, rings) = queue.worker.activity();
+            stats.enters += enters;
+            stats.wake_ups += rings;
+        }
+        stats
+    }
+
+    /// How the device ended; `None` while it has not.
+    pub fn ending(&self) -> Option<Ending> {
+        match self.0.lock().phase {
+            Phase::Ended(ending) => Some(ending),
+            _ => None,
+        }
+    }
+
+    /// Waits until the device has ended, by whomever.
+    ///
+    /// # Errors
+    ///
+    /// What took it down, if it failed: [`ErrorKind::WorkerDied`] above all. [`ErrorKind::WouldDeadlock`] on
+    /// one of its own threads.
+    pub fn wait(&self) -> Result<Ending> {
+        match self.wait_deadline(None)? {
+            Some(ending) => Ok(ending),
+            None => unreachable!("without a deadline the wait ends with the device"),
+        }
+    }
+
+    /// As [`wait`](Self::wait), for a time at most; `None` if the device goes on.
+    ///
+    /// # Errors
+    ///
+    /// As [`wait`](Self::wait).
+    pub fn wait_timeout(&self, time: Duration) -> Result<Option<Ending>> {
+        self.wait_deadline(Some(Instant::now() + time))
+    }
+
+    fn wait_deadline(&self, deadline: Option<Instant>) -> Result<Option<Ending>> {
+        self.0.check_process("wait for the device")?;
+        self.0.check_thread("wait for the device")?;
+        if !self.0.wait_until(deadline, |s| matches!(s.phase, Phase::Ended(_))) {
+            return Ok(None);
+        }
+        match (self.ending(), self.0.failure()) {
+            (Some(Ending::Failed), Some(error)) => Err(error),
+            (ending, _) => Ok(ending),
+        }
+    }
+
+    /// Stops the disk when nobody uses it, and deletes the device.
+    ///
+    /// While the disk is open, mounted or claimed it is left alone; that is tried again until `within` has
+    /// passed (opens by udev are short). From the moment it is stopped its requests are answered, the
+    /// writeback of what the kernel caches included; what the backend still has not answered after `within`
+    /// is revoked. Should the backend be stuck on a worker, its ring is taken away: the call returns some
+    /// seconds after `within` in any case.
+    ///
+    /// A device that has ended already is deleted.
+    ///
+    /// On drivers without [`SAFE_STOP_DEV`](Features::SAFE_STOP_DEV) (before Linux 7) the users are those that
+    /// this process can see in `/proc` and `/sys`, and one that comes at the last moment loses the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Busy`] with [`Error::holders`]: the disk goes on. [`ErrorKind::WouldDeadlock`] on one of
+    /// its own threads, [`ErrorKind::Forked`] in a forked child.
+    pub fn stop(&self, within: Duration) -> Result<Stopped> {
+        self.stopped(within, Manner::Polite)
+    }
+
+    /// As [`stop`](Self::stop), whoever uses the disk: it is pulled from under them. What a file system on it
+    /// has not written is lost.
+    ///
+    /// # Errors
+    ///
+    /// As [`stop`](Self::stop), never `Busy`.
+    pub fn stop_force(&self, within: Duration) -> Result<Stopped> {
+        self.stopped(within, Manner::Forced)
+    }
+
+    fn stopped(&self, within: Duration, manner: Manner) -> Result<Stopped> {
+        let (ending, leftovers) = self.0.stop(within, manner)?;
+        Ok(Stopped { id: self.id(), ending, leftovers, stats: self.stats() })
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Device").field("id", &self.id()).field("ending", &self.ending()).finish()
+    }
+}
+
+/// A disk that is served, owned.
+///
+/// All of [`Device`] can be called on it. Dropping it is [`stop_force`](Device::stop_force) within five
+/// seconds: it waits for requests in progress and the writeback of the disk's own cache, not for file systems
+/// on it. To end without that, stop it; to let it run, leak it or keep it.
+pub struct Running {
+    device: Device,
+    /// It was stopped: nothing is left to do.
+    over: bool,
+}
+
+/// How long a dropped device's requests are waited for.
+const DROP_WITHIN: Duration = Duration::from_secs(5);
+
+impl Running {
+    pub(super) fn new(life: Arc<Life>) -> Self {
+        Running { device: Device(life), over: false }
+    }
+
+    /// A handle for other threads.
+    pub fn handle(&self) -> Device {
+        self.device.clone()
+    }
+
+    /// See [`Device::stop`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::stop`]; the device comes back with the error.
+    pub fn stop(self, within: Duration) -> Result<Stopped, StopFailed> {
+        self.finish(within, Manner::Polite)
+    }
+
+    /// See [`Device::stop_force`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Device::stop_force`]; the device comes back with the error.
+    pub fn stop_force(self, within: Duration) -> Result<Stopped, StopFailed> {
+        self.finish(within, Manner::Forced)
+    }
+
+    fn finish(mut self, within: Duration, manner: Manner) -> Result<Stopped, StopFailed> {
+        match self.device.stopped(within, manner) {
+            Ok(stopped) => {
+                self.over = true;
+                Ok(stopped)
+            }
+            Err(error) => Err(StopFailed { error, device: self }),
+        }
+    }
+}
+
+impl std::ops::Deref for Running {
+    type Target = Device;
+    fn deref(&self) -> &Device {
+        &self.device
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.over || self.device.0.generation != fork::generation() {
+            return;
+        }
+        match self.device.stop_force(DROP_WITHIN) {
+            Ok(stopped) => {
+                for what in stopped.leftovers {
+                    tracing::warn!(device = stopped.id, "after a drop: {what}");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(device = self.device.id(), %error, "a dropped device was not stopped");
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Running {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Running").field(&self.device).finish()
+    }
+}
+
+/// A stop that did not happen: why, and the device, which goes on.
+#[derive(Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct StopFailed {
+    /// Why.
+    pub error: Error,
+    /// The device.
+    pub device: Running,
+}
+
+/// The error alone; the device is dropped, which stops it by force.
+impl From<StopFailed> for Error {
+    fn from(failed: StopFailed) -> Self {
+        failed.error
+    }
+}
+
+/// What is left of a device: how it ended and what it counted.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Stopped {
+    /// The number that it had.
+    pub id: u32,
+    /// How it ended.
+    pub ending: Ending,
+    /// What could not be cleaned up and why, in words: threads stuck in the backend, a deletion that waits for
+    /// somebody who has the device open. Empty as a rule.
+    pub leftovers: Vec<String>,
+    /// What it counted.
+    pub stats: DeviceStats,
+}

@@ -1,0 +1,270 @@
+//! From a device that the kernel knows to a disk that is served.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::builder::{Builder, Plan};
+use super::life::{Life, PATIENCE, Phase, Queue};
+use super::running::Running;
+use crate::control::node_watch::Watch;
+use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, Wait};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork;
+use crate::sys::memory::Descriptors;
+use crate::uring::worker_ring::Size;
+use crate::worker::meter::Meter;
+use crate::worker::pool::{Plan as WorkerPlan, WorkerHandle};
+use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
+
+/// A device that the kernel knows: `/dev/ublkcN` exists, the disk does not.
+///
+/// Dropping it deletes the device.
+pub struct Added {
+    builder: Builder,
+    params: DeviceParams,
+    guard: Delete,
+}
+
+/// Deletes the device unless it is disarmed.
+struct Delete {
+    control: Control,
+    info: DeviceInfo,
+    generation: u32,
+    armed: bool,
+}
+
+impl Drop for Delete {
+    fn drop(&mut self) {
+        if !self.armed || self.generation != fork::generation() {
+            return;
+        }
+        let id = self.info.id;
+        match self.control.delete(id, &Wait::for_(PATIENCE)) {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
+            Err(error) => tracing::warn!(device = id, %error, "the device was not deleted"),
+        }
+    }
+}
+
+impl Added {
+    pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
+        let info = control.add_dev(&plan.add)?;
+        let mut guard =
+            Delete { control, info, generation: fork::generation(), armed: true };
+        // The driver clamps the queues: what is served is what it says.
+        let params = plan.params.to_builder().queues(guard.info.queues).build()?;
+        guard.info.capacity = Some(params.capacity());
+        Ok(Added { builder, params, guard })
+    }
+
+    /// The device's number.
+    pub fn id(&self) -> u32 {
+        self.guard.info.id
+    }
+
+    /// What the driver granted: features, queues (clamped to the number of CPUs), depth.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.guard.info
+    }
+
+    /// The features that the driver granted.
+    pub fn features(&self) -> Features {
+        self.guard.info.features
+    }
+
+    /// Starts the disk: when this returns, its node can be opened.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the parts from being made, [`ErrorKind::TimedOut`] after
+    /// [`Builder::start_timeout`], [`ErrorKind::Forked`] in a forked child. The device is deleted then.
+    pub fn start(mut self) -> Result<Running> {
+        let id = self.id();
+        if self.guard.generation != fork::generation() {
+            return Err(Error::new(ErrorKind::Forked, "start the device")
+                .on_device(id)
+                .because("it was added by the process that this one was forked from"));
+        }
+        let deadline = Instant::now() + self.builder.start_timeout;
+        let control = self.guard.control.clone();
+        control.set_params(id, &self.params)?;
+        let char_device = control.open_char_device(id, &Wait::until(deadline))?;
+        let pool = self.builder.service.start(self.builder.threads, &format!("ublk{id}-pool"))?;
+        let life = Life::new(
+            control.clone(),
+            self.guard.info.clone(),
+            self.params.clone(),
+            PathBuf::from(format!("/dev/ublkb{id}")),
+            pool,
+            self.builder.workers.is_some(),
+            char_device,
+        );
+        match self.bring_up(&life, deadline) {
+            Ok(()) => {
+                self.guard.armed = false;
+                Ok(Running::new(life))
+            }
+            Err(error) => {
+                life.undo_start();
+                Err(error)
+                // The guard deletes the device.
+            }
+        }
+    }
+
+    fn bring_up(&self, life: &Arc<Life>, deadline: Instant) -> Result<()> {
+        let id = self.id();
+        let starts = self.starts(life)?;
+        let queues = starts.iter().map(|start| {
+            let worker = self.worker(life, start)?;
+            Ok(Queue { worker, meter: Arc::clone(&start.meter) })
+        });
+        let queues = queues.collect::<Result<Vec<_>>>()?;
+        for queue in &queues {
+            for warning in queue.worker.warnings() {
+                life.warn(warning.clone());
+            }
+        }
+        let workers: Vec<_> = queues.iter().map(|q| Arc::clone(&q.worker)).collect();
+        // Before any event of a queue can come.
+        let _ = life.queues.set(queues);
+        for (start, worker) in starts.into_iter().zip(workers) {
+            let handler = self.builder.service.handler(start.queue, life.pool.as_ref());
+            worker.attach(start, handler);
+        }
+        life.wait_fetched(deadline)?;
+        // Every fetch is submitted; one that the kernel rejects ends the wait.
+        let cancel = CancelToken::new();
+        life.cancel_on_failure(&cancel);
+        let started = life.control.start_dev(
+            id,
+            std::process::id().cast_signed(),
+            &Wait::until(deadline).cancelled_by(&cancel),
+        );
+        match (started, life.failure()) {
+            (_, Some(failure)) => return Err(failure),
+            (Err(error), None) => return Err(error),
+            (Ok(()), None) => {}
+        }
+        self.wait_for_node(life, deadline)?;
+        let mut state = life.lock();
+        if state.phase == Phase::Starting {
+            state.phase = Phase::Live;
+        }
+        drop(state);
+        match life.failure() {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
+    }
+
+    /// What each queue's worker needs.
+    fn starts(&self, life: &Arc<Life>) -> Result<Vec<Start>> {
+        let info = &self.guard.info;
+        let file = life.char_device.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Some(file) = file.as_ref() else {
+            return Err(Error::new(ErrorKind::WrongState, "start the device").on_device(info.id));
+        };
+        let make = |queue| {
+            // SAFETY: the descriptor is open as long as `file` is held, beyond this call.
+            let fd = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
+            let at = |e: Error| e.on_device(info.id).on_queue(queue);
+            let descriptors =
+                Descriptors::map(fd, queue, info.queue_depth, usize::from(info.io_desc_size))
+                    .map_err(|errno| {
+                        at(Error::new(ErrorKind::Io, "map the request descriptors")
+                            .with_errno(errno))
+                    })?;
+            let backing = self.builder.backing;
+            let region = WorkerQueue::region_for(info.queue_depth, info.max_io_bytes, backing)
+                .map_err(|errno| {
+                    at(Error::new(ErrorKind::TooMany, "map the tags' buffers")
+                        .with_errno(errno)
+                        .because(format!(
+                            "{} tags of {} bytes",
+                            info.queue_depth, info.max_io_bytes
+                        ))
+                        .remedy_is("use less queue depth or smaller requests, or raise ulimit -v"))
+                })?;
+            Ok(Start {
+                device: info.id,
+                queue,
+                depth: info.queue_depth,
+                buffer: info.max_io_bytes,
+                backing,
+                encoding: life.control.encoding(),
+                char_device: Arc::clone(file),
+                descriptors,
+                region: Arc::new(region),
+                meter: Arc::new(Meter::new(info.queue_depth)),
+                events: Arc::clone(life) as Arc<dyn Events>,
+            })
+        };
+        (0..info.queues).map(make).collect()
+    }
+
+    fn worker(&self, life: &Life, start: &Start) -> Result<Arc<WorkerHandle>> {
+        if let Some(workers) = &self.builder.workers {
+            return Ok(workers.next());
+        }
+        let (id, queue) = (start.device, start.queue);
+        let cpus = if self.builder.pin {
+            life.control.get_queue_affinity(id, queue)?.iter().collect()
+        } else {
+            Vec::new()
+        };
+        let depth = u32::from(start.depth);
+        WorkerHandle::start(WorkerPlan {
+            name: format!("ublk{id}-q{queue}"),
+            // A commit for each tag, and as many operations of futures besides.
+            size: Size {
+                submissions: (depth + 8).next_power_of_two(),
+                completions: (2 * depth + 16).next_power_of_two(),
+                files: 4,
+            },
+            cpus,
+        })
+        .map_err(|e| e.on_device(id).on_queue(queue))
+    }
+
+    /// The node comes by devtmpfs before START returns; where `/dev` is something else, by udev or not at all.
+    fn wait_for_node(&self, life: &Life, deadline: Instant) -> Result<()> {
+        let number = std::fs::read_to_string(format!("/sys/class/block/ublkb{}/dev", self.id()));
+        let number = number.unwrap_or_default();
+        let right = || {
+            std::fs::metadata(&life.path).is_ok_and(|m| {
+                let is = format!("{}:{}", libc::major(m.rdev()), libc::minor(m.rdev()));
+                m.file_type().is_block_device() && is == number.trim()
+            })
+        };
+        if right() {
+            return Ok(());
+        }
+        let patience = deadline.min(Instant::now() + PATIENCE);
+        let watch = Watch::on(Path::new("/dev"));
+        while Instant::now() < patience {
+            if right() {
+                return Ok(());
+            }
+            watch.wait(Some(patience.saturating_duration_since(Instant::now())));
+        }
+        life.warn(format!(
+            "{} did not appear: /dev is neither a devtmpfs nor kept by udev; make the node by hand (mknod {} b \
+             {})",
+            life.path.display(),
+            life.path.display(),
+            number.trim().replace(':', " ")
+        ));
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Added {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Added").field("info", &self.guard.info).finish_non_exhaustive()
+    }
+}

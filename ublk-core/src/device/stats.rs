@@ -1,0 +1,140 @@
+//! What a device counts, as snapshots.
+
+use std::time::Duration;
+
+use crate::request::Op;
+use crate::sys::clock::Stamp;
+use crate::worker::meter::{Latency, Meter};
+
+/// One kind of operation of one queue.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct OpStats {
+    /// Requests that ended, well or not.
+    pub completed: u64,
+    /// Bytes of those that ended well: data read or written; 0 for the other operations.
+    pub bytes: u64,
+    /// Requests that ended with an error.
+    pub errors: u64,
+    /// How long they took from their arrival at the server to their commit.
+    pub latency: Latency,
+}
+
+impl OpStats {
+    fn merge(&mut self, other: &OpStats) {
+        self.completed += other.completed;
+        self.bytes += other.bytes;
+        self.errors += other.errors;
+        self.latency.merge(&other.latency);
+    }
+}
+
+/// One queue, or all queues of a device together, since the start.
+///
+/// Always on: a request costs a few stores on memory that its worker alone writes; the clock is read when a
+/// turn of the worker brings requests and when it takes results back, not for each request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct QueueStats {
+    /// Reads.
+    pub read: OpStats,
+    /// Writes.
+    pub write: OpStats,
+    /// Flushes.
+    pub flush: OpStats,
+    /// Discards.
+    pub discard: OpStats,
+    /// Writes of zeroes.
+    pub write_zeroes: OpStats,
+    /// Requests that are with the backend now.
+    pub in_flight: u32,
+    /// How long the oldest of them has been there.
+    pub oldest: Option<Duration>,
+    /// Requests that were dropped without an answer, by a panic for instance.
+    pub dropped: u64,
+    /// Panics of the backend.
+    pub panics: u64,
+    /// Requests that a stop took from their holders.
+    pub revoked: u64,
+    /// Requests that were refused because the device was ending.
+    pub refused: u64,
+    /// Commands that the kernel did not accept. Anything but 0 is a defect.
+    pub rejected: u64,
+}
+
+impl QueueStats {
+    pub(crate) fn of(meter: &Meter, now: Stamp) -> Self {
+        let op = |op| {
+            let m = meter.op(op);
+            OpStats {
+                completed: m.completed.get(),
+                bytes: m.bytes.get(),
+                errors: m.errors.get(),
+                latency: m.latency(),
+            }
+        };
+        let (in_flight, oldest) = meter.in_flight(now);
+        QueueStats {
+            read: op(Op::Read),
+            write: op(Op::Write),
+            flush: op(Op::Flush),
+            discard: op(Op::Discard),
+            write_zeroes: op(Op::WriteZeroes),
+            in_flight,
+            oldest,
+            dropped: meter.dropped.get(),
+            panics: meter.panics.get(),
+            revoked: meter.revoked.get(),
+            refused: meter.refused.get(),
+            rejected: meter.rejected.get(),
+        }
+    }
+
+    fn merge(&mut self, other: &QueueStats) {
+        self.read.merge(&other.read);
+        self.write.merge(&other.write);
+        self.flush.merge(&other.flush);
+        self.discard.merge(&other.discard);
+        self.write_zeroes.merge(&other.write_zeroes);
+        self.in_flight += other.in_flight;
+        self.oldest = self.oldest.max(other.oldest);
+        self.dropped += other.dropped;
+        self.panics += other.panics;
+        self.revoked += other.revoked;
+        self.refused += other.refused;
+        self.rejected += other.rejected;
+    }
+
+    /// Requests that ended, of every kind.
+    pub fn completed(&self) -> u64 {
+        [&self.read, &self.write, &self.flush, &self.discard, &self.write_zeroes]
+            .iter()
+            .map(|op| op.completed)
+            .sum()
+    }
+}
+
+/// A device's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceStats {
+    /// One entry a queue.
+    pub queues: Vec<QueueStats>,
+    /// Panics of the backend on the threads of its pool, which belong to no queue.
+    pub pool_panics: u64,
+    /// How often the device's workers entered the kernel. Workers of a pool count for all their devices.
+    pub enters: u64,
+    /// How often another thread had to wake one of them to hand a result over.
+    pub wake_ups: u64,
+}
+
+impl DeviceStats {
+    /// The queues together.
+    pub fn total(&self) -> QueueStats {
+        let mut total = QueueStats::default();
+        for queue in &self.queues {
+            total.merge(queue);
+        }
+        total
+    }
+}

@@ -1,0 +1,270 @@
+//! Taking a device down: politely, by force, or because something failed.
+//!
+//! The order is the kernel's (`ublk_ctrl_stop_dev`, `ublk_ch_release`, `ublk_ctrl_del_dev`): STOP removes
+//! the disk, for which the server has to go on answering; it ends the commands of every tag with
+//! `ENODEV`; when a queue has all its tags back, its worker unmaps and closes; only then DEL, which would
+//! otherwise wait for ourselves.
+
+use std::path::Path;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use super::life::{Ending, Life, PATIENCE, Phase};
+use crate::control::node_watch::Watch;
+use crate::control::{Features, Holder, Wait};
+use crate::error::{Error, ErrorKind, Result};
+
+/// Whether users of the disk keep it from being stopped.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// They do.
+    Polite,
+    /// They lose it.
+    Forced,
+}
+
+/// What could not be cleaned up.
+pub(super) type Leftovers = Vec<String>;
+
+impl Life {
+    /// Stops and deletes the device. Another stop that is at work is waited for.
+    pub(super) fn stop(&self, within: Duration, manner: Manner) -> Result<(Ending, Leftovers)> {
+        const ATTEMPT: &str = "stop the device";
+        self.check_process(ATTEMPT)?;
+        self.check_thread(ATTEMPT)?;
+        let deadline = Instant::now() + within;
+        let ours = loop {
+            let mut state = self.lock();
+            match state.phase {
+                Phase::Starting | Phase::Live => {
+                    state.phase = Phase::Ending;
+                    break true;
+                }
+                Phase::Ended(_) => break false,
+                Phase::Ending => {}
+            }
+            drop(state);
+            let idle = |s: &super::life::State| s.phase != Phase::Ending;
+            if !self.wait_until(Some(deadline + PATIENCE), idle) {
+                return Err(Error::new(ErrorKind::TimedOut, ATTEMPT)
+                    .on_device(self.info.id)
+                    .because("another stop of it has not come to an end"));
+            }
+        };
+        let mut leftovers = Vec::new();
+        if ours {
+            if manner == Manner::Polite {
+                if let Err(error) = self.stop_when_free(deadline) {
+                    self.lock().phase = Phase::Live;
+                    self.changed.notify_all();
+                    // What ended meanwhile was taken for a part of this stop.
+                    self.notice_end();
+                    return Err(error);
+                }
+            }
+            self.remove_disk(deadline, &mut leftovers);
+            self.release(&mut leftovers);
+            self.set_ended(Ending::Stopped);
+        }
+        let ending = match self.lock().phase {
+            Phase::Ended(ending) => ending,
+            _ => Ending::Stopped,
+        };
+        self.delete(manner, &mut leftovers);
+        Ok((ending, leftovers))
+    }
+
+    /// Waits until nobody holds the disk and removes it in the same moment, where the kernel can do that.
+    fn stop_when_free(&self, deadline: Instant) -> Result<()> {
+        let id = self.info.id;
+        let watch = Watch::on(Path::new("/dev"));
+        loop {
+            let holders = if self.info.features.contains(Features::SAFE_STOP_DEV) {
+                match self.control.try_stop_dev(id, &Wait::until(deadline)) {
+                    // Ok, or gone already.
+                    Ok(()) => return Ok(()),
+                    Err(e) if e.kind() == ErrorKind::Busy => {
+                        let mut holders = self.disk_holders();
+                        if holders.is_empty() {
+                            holders.push(Holder::Unseen);
+                        }
+                        holders
+                    }
+                    // It is stopping, as nobody held it: the rest is not a matter of holders.
+                    Err(e) if e.kind() == ErrorKind::TimedOut => return Ok(()),
+                    Err(e)
+                        if matches!(e.kind(), ErrorKind::WrongState | ErrorKind::NoSuchDevice) =>
+                    {
+                        return Ok(());
+                    }
+                    Err(e) => return Err(e),
+                }
+            } else {
+                self.disk_holders()
+            };
+            if holders.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                let list: Vec<_> = holders.iter().map(ToString::to_string).collect();
+                return Err(Error::new(ErrorKind::Busy, "stop the device")
+                    .on_device(id)
+                    .because(list.join("; "))
+                    .remedy_is("unmount or close it first, or use stop_force to pull it from under them")
+                    .with_holders(holders));
+            }
+            watch.wait(Some(deadline.saturating_duration_since(Instant::now())));
+        }
+    }
+
+    /// Who holds the disk; our own `/dev/ublkcN` does not.
+    fn disk_holders(&self) -> Vec<Holder> {
+        let mut holders = self.control.holders(self.info.id);
+        holders.retain(|h| !matches!(h, Holder::Process { disk: false, .. }));
+        holders
+    }
+
+    /// STOP, with what is stuck revoked at the deadline, and taken from its worker soon after.
+    fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
+        let id = self.info.id;
+        if self.has_lost_queues() {
+            // STOP would wait for requests that only the closing of the device's file ends.
+            self.condemn(leftovers);
+        }
+        for wait in [Some(deadline), None, None] {
+            let until = wait.unwrap_or_else(|| Instant::now() + PATIENCE);
+            let stopped = self.control.stop_dev(id, &Wait::until(until));
+            match stopped {
+                Ok(()) => return,
+                Err(e) if e.kind() == ErrorKind::NoSuchDevice => return,
+                Err(e) if e.kind() == ErrorKind::TimedOut => {
+                    if wait.is_some() {
+                        self.revoke();
+                    } else {
+                        self.condemn(leftovers);
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(device = id, %error, "STOP failed");
+                    self.condemn(leftovers);
+                    return;
+                }
+            }
+        }
+        leftovers.push(format!("STOP of device {id} has not come back from the kernel"));
+    }
+
+    fn revoke(&self) {
+        for queue in self.queues() {
+            queue.worker.revoke(self.info.id);
+        }
+    }
+
+    /// Takes the rings from the workers, so that nothing of ours keeps the device's file open and the kernel
+    /// aborts what was in progress.
+    fn condemn(&self, leftovers: &mut Leftovers) {
+        let deadline = Instant::now() + PATIENCE;
+        for (number, queue) in self.queues().iter().enumerate() {
+            if !queue.worker.condemn(deadline) {
+                leftovers.push(format!("the worker of queue {number} could not be ended"));
+            }
+        }
+        drop(self.char_device.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Waits for the workers to let go of the device, and ends those that are its own.
+    fn release(&self, leftovers: &mut Leftovers) {
+        if !self.wait_released(Instant::now() + PATIENCE) {
+            self.condemn(leftovers);
+        }
+        let deadline = Instant::now() + PATIENCE;
+        if !self.shared_workers {
+            for queue in self.queues() {
+                queue.worker.end();
+            }
+            let stuck = self.queues().iter().filter(|q| !q.worker.wait_ended(deadline)).count();
+            if stuck > 0 {
+                leftovers.push(format!("{stuck} worker thread(s) are stuck in the backend"));
+            }
+        }
+        if let Some(pool) = &self.pool {
+            pool.close();
+            let stuck = pool.wait(deadline);
+            if stuck > 0 {
+                leftovers.push(format!("{stuck} pool thread(s) are stuck in the backend"));
+            }
+        }
+    }
+
+    fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
+        let id = self.info.id;
+        let wait = Wait::for_(PATIENCE);
+        let deleted = match manner {
+            Manner::Polite => self.control.del_dev(id, &wait),
+            // Who has the disk open keeps its number; nobody should wait for that.
+            Manner::Forced => self.control.del_dev_async(id, &wait).or_else(|e| match e.kind() {
+                ErrorKind::Unsupported | ErrorKind::InvalidParameter => {
+                    self.control.del_dev(id, &wait)
+                }
+                _ => Err(e),
+            }),
+        };
+        match deleted {
+            Ok(()) => {}
+            Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
+            Err(e) => leftovers.push(e.to_string()),
+        }
+    }
+
+    /// After a polite stop was given up: whether the device ended by itself meanwhile.
+    fn notice_end(&self) {
+        let all = {
+            let state = self.lock();
+            usize::from(state.ended()) == self.queues().len() && state.phase == Phase::Live
+        };
+        if all {
+            self.set_ended(Ending::StoppedByOthers);
+        }
+    }
+
+    /// After a failed start: everything but the device itself, which whoever added it deletes.
+    pub(super) fn undo_start(&self) {
+        self.lock().phase = Phase::Ending;
+        let mut leftovers = Vec::new();
+        // Ends the commands of tags that were fetched, also if there is no disk yet.
+        self.remove_disk(Instant::now() + PATIENCE, &mut leftovers);
+        if self.has_unattached_queues() {
+            // Their workers have nothing that could come home.
+            self.condemn(&mut leftovers);
+        }
+        self.release(&mut leftovers);
+        self.set_ended(Ending::Failed);
+        for what in leftovers {
+            tracing::warn!(device = self.info.id, "after a failed start: {what}");
+        }
+    }
+
+    fn has_unattached_queues(&self) -> bool {
+        usize::from(self.lock().fetched()) < self.queues().len()
+    }
+
+    /// After a failure, on a thread of its own.
+    pub(super) fn take_down(&self) {
+        {
+            let mut state = self.lock();
+            if state.phase != Phase::Live {
+                return;
+            }
+            state.phase = Phase::Ending;
+        }
+        let mut leftovers = Vec::new();
+        self.revoke();
+        self.remove_disk(Instant::now() + PATIENCE, &mut leftovers);
+        self.release(&mut leftovers);
+        self.delete(Manner::Forced, &mut leftovers);
+        for what in leftovers {
+            tracing::warn!(device = self.info.id, "after a failure: {what}");
+        }
+        self.set_ended(Ending::Failed);
+    }
+}

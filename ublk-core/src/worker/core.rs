@@ -1,0 +1,543 @@
+//! The part of a worker that the kernel sees: its ring, its queues' commands and descriptors, and the
+//! operations in flight.
+//!
+//! It lives in a [`Shared`] cell whose lock the worker holds while it submits, waits and reaps, and does not
+//! hold while user code runs. So whoever has to take a device from a worker that is stuck in user code can
+//! take the whole core away, and with it everything that keeps the device open; when the worker comes back,
+//! it finds the cell empty and ends.
+
+use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::task::Waker;
+use std::time::{Duration, Instant};
+
+use io_uring::squeue;
+
+use super::commands::{Arrived, PerTag};
+use super::mailbox::Mailbox;
+use super::operations::{Keep, Operations};
+use super::queue::{Events, Queue, Start};
+use super::slot::Slot;
+use crate::error::{Error, ErrorKind, Result};
+use crate::request::Request;
+use crate::sys::clock::Stamp;
+use crate::uring::worker_ring::{Size, WorkerRing};
+
+/// What a completion's `user_data` says.
+#[derive(Debug, PartialEq, Eq, Clone, Copy)]
+pub(crate) enum Token {
+    /// A command of a queue's tag.
+    Command { key: u32, tag: u16 },
+    /// Somebody rang.
+    Bell,
+    /// A ring operation.
+    Operation(u32),
+    /// A cancellation: its own result does not matter, the cancelled operation's does.
+    Cancel,
+    /// The timer after which idle memory is given back.
+    Idle,
+}
+
+impl Token {
+    pub(crate) fn encode(self) -> u64 {
+        match self {
+            Token::Command { key, tag } => 1 << 56 | u64::from(key) << 16 | u64::from(tag),
+            Token::Bell => 2 << 56,
+            Token::Operation(index) => 3 << 56 | u64::from(index),
+            Token::Cancel => 4 << 56,
+            Token::Idle => 5 << 56,
+        }
+    }
+
+    pub(crate) fn decode(word: u64) -> Option<Self> {
+        Some(match word >> 56 {
+            1 => Token::Command { key: (word >> 16) as u32, tag: word as u16 },
+            2 => Token::Bell,
+            3 => Token::Operation(word as u32),
+            4 => Token::Cancel,
+            5 => Token::Idle,
+            _ => return None,
+        })
+    }
+}
+
+/// What a turn brought, to be dealt with outside of the lock.
+#[derive(Default)]
+pub(crate) struct Harvest {
+    /// Requests for the handler of queue `key`.
+    pub(crate) requests: Vec<(u32, Request)>,
+    /// Futures that can go on.
+    pub(crate) wakers: Vec<Waker>,
+    /// Users' buffers whose futures were dropped.
+    pub(crate) garbage: Vec<Keep>,
+    /// Queues whose tags have all come home.
+    pub(crate) ended: Vec<u32>,
+}
+
+impl Harvest {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
+            && self.wakers.is_empty()
+            && self.garbage.is_empty()
+            && self.ended.is_empty()
+    }
+}
+
+/// How long a queue is idle before the memory of its buffers is given back.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// How often a submission that the kernel has no memory for is tried again.
+const SUBMIT_TRIES: u32 = 10_000;
+
+pub(crate) struct Core {
+    ring: WorkerRing,
+    queues: Vec<Option<Queue>>,
+    operations: Operations,
+    /// Entries that found the submission queue full. What they point to is kept as for those in it.
+    backlog: VecDeque<squeue::Entry>,
+    /// Futures that wait for room in the submission queue.
+    parked: Vec<Waker>,
+    /// Slots that ended and can be committed now.
+    settled: Vec<Arc<Slot>>,
+    /// Sum of the queues' depths.
+    admitted: u32,
+    files: Vec<bool>,
+    mailbox: Arc<Mailbox>,
+    /// Where the kernel puts the event counter's value. Boxed: its address is given to the kernel.
+    bell: Box<u64>,
+    bell_armed: bool,
+    idle_after: Box<io_uring::types::Timespec>,
+    idle_armed: bool,
+    closing: bool,
+}
+
+impl Core {
+    pub(crate) fn new(size: Size, mailbox: Arc<Mailbox>) -> Result<Self> {
+        Ok(Core {
+            ring: WorkerRing::new(size)?,
+            queues: Vec::new(),
+            operations: Operations::default(),
+            backlog: VecDeque::new(),
+            parked: Vec::new(),
+            settled: Vec::new(),
+            admitted: 0,
+            files: vec![false; size.files as usize],
+            mailbox,
+            bell: Box::new(0),
+            bell_armed: false,
+            idle_after: Box::new(io_uring::types::Timespec::from(IDLE)),
+            idle_armed: false,
+            closing: false,
+        })
+    }
+
+    /// Queues an entry.
+    ///
+    /// # Safety
+    ///
+    /// As [`WorkerRing::push`].
+    pub(crate) unsafe fn push(&mut self, entry: squeue::Entry) {
+        // SAFETY: the caller's promise; an entry in the backlog goes to the same place later.
+        if !self.backlog.is_empty() || unsafe { self.ring.push(&entry) }.is_err() {
+            self.backlog.push_back(entry);
+        }
+    }
+
+    /// Room for an operation of a future; otherwise its waker is called after the next enter.
+    pub(crate) fn room_or_park(&mut self, waker: &Waker) -> bool {
+        let room = self.backlog.is_empty() && self.ring.room() > 0;
+        if !room {
+            self.parked.push(waker.clone());
+        }
+        room
+    }
+
+    pub(crate) fn operations(&mut self) -> &mut Operations {
+        &mut self.operations
+    }
+
+    /// Asks the kernel to end a future's operation early.
+    pub(crate) fn cancel_operation(&mut self, index: u32) {
+        self.cancel(Token::Operation(index));
+    }
+
+    /// Asks the kernel to end something early. What is cancelled completes by itself, sooner or later.
+    fn cancel(&mut self, token: Token) {
+        let entry = io_uring::opcode::AsyncCancel::new(token.encode())
+            .build()
+            .user_data(Token::Cancel.encode());
+        // SAFETY: the entry has no addresses.
+        unsafe { self.push(entry) };
+    }
+
+    /// Takes a queue in: registers its device's file and submits the first fetch of each of its tags.
+    ///
+    /// # Errors
+    ///
+    /// With [`ErrorKind::TooMany`] if the worker's tables are full, and what the kernel refuses.
+    pub(crate) fn attach(&mut self, start: Start) -> Result<u32> {
+        let (device, queue, depth) = (start.device, start.queue, start.depth);
+        let fail = |e: Error| e.on_device(device).on_queue(queue);
+        // One completion of a command and one of the operation behind it for each tag, and the bell.
+        let limit = self.ring.completions();
+        if self.admitted + u32::from(depth) > limit {
+            return Err(fail(
+                Error::new(ErrorKind::TooMany, "give the queue to a worker")
+                    .because(format!(
+                        "the worker serves {} tags, its completion queue holds {limit}, the queue has {depth}",
+                        self.admitted
+                    ))
+                    .remedy_is("use more workers, or less queue depth"),
+            ));
+        }
+        let Some(file) = self.files.iter().position(|used| !used) else {
+            return Err(fail(
+                Error::new(ErrorKind::TooMany, "give the queue to a worker")
+                    .because(format!("its table of {} files is full", self.files.len()))
+                    .remedy_is("use more workers"),
+            ));
+        };
+        let index = u32::try_from(file).unwrap_or(u32::MAX);
+        self.ring.register_file(index, start.char_device.as_raw_fd()).map_err(|errno| {
+            fail(Error::new(ErrorKind::Io, "register /dev/ublkcN with the ring").with_errno(errno))
+        })?;
+        let key = match self.queues.iter().position(Option::is_none) {
+            Some(free) => free,
+            None => {
+                self.queues.push(None);
+                self.queues.len() - 1
+            }
+        };
+        let key = u32::try_from(key).unwrap_or(u32::MAX);
+        let commands = PerTag::new(queue, index, start.encoding);
+        let queue = Queue::new(key, commands, start, &self.mailbox);
+        for slot in queue.slots() {
+            let entry =
+                commands.fetch(slot).user_data(Token::Command { key, tag: slot.place().tag }.encode());
+            // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
+            unsafe { self.push(entry) };
+        }
+        self.files[file] = true;
+        self.admitted += u32::from(depth);
+        self.queues[key as usize] = Some(queue);
+        // The fetches have to reach the kernel before START can end; their completions are not waited for.
+        for _ in 0..SUBMIT_TRIES {
+            self.enter(0)?;
+            if self.backlog.is_empty() && self.ring.queued() == 0 {
+                return Ok(key);
+            }
+        }
+        Err(fail(
+            Error::new(ErrorKind::TooMany, "submit the first fetch of every tag")
+                .because("the kernel has no memory for the commands"),
+        ))
+    }
+
+    fn queue(&mut self, key: u32) -> Option<&mut Queue> {
+        self.queues.get_mut(key as usize)?.as_mut()
+    }
+
+    /// Lets go of a queue whose tags have come home: of its mapping, its registration and its device's file.
+    pub(crate) fn detach(&mut self, key: u32) -> Option<Queue> {
+        let queue = self.queues.get_mut(key as usize)?.take()?;
+        let file = queue.commands().file();
+        self.ring.unregister_file(file);
+        self.files[file as usize] = false;
+        self.admitted -= u32::from(queue.depth());
+        Some(queue)
+    }
+
+    pub(crate) fn has_queues(&self) -> bool {
+        self.queues.iter().any(Option::is_some)
+    }
+
+    /// Requests have ended: their results are committed.
+    pub(crate) fn settle(&mut self, finished: &mut Vec<Arc<Slot>>) {
+        self.settled.append(finished);
+        if self.settled.is_empty() {
+            return;
+        }
+        let now = Stamp::now();
+        let mut settled = std::mem::take(&mut self.settled);
+        for slot in settled.drain(..) {
+            self.settle_one(slot, now);
+        }
+        if self.settled.is_empty() {
+            // Keeps the allocation.
+            self.settled = settled;
+        }
+    }
+
+    fn settle_one(&mut self, slot: Arc<Slot>, now: Stamp) {
+        if slot.operations() > 0 {
+            // The commit waits for what the kernel still does with the buffer.
+            let pending: Vec<_> = self.operations.on_slot(&slot).collect();
+            for index in pending {
+                self.cancel(Token::Operation(index));
+            }
+            return;
+        }
+        let place = slot.place();
+        let Some(queue) = self.queue(place.key) else { return };
+        if let Some(entry) = queue.settle(slot, now) {
+            let entry =
+                entry.user_data(Token::Command { key: place.key, tag: place.tag }.encode());
+            // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
+            unsafe { self.push(entry) };
+        }
+    }
+
+    /// Answers every request of the queue that is out with EIO, and from now on every new one.
+    pub(crate) fn revoke(&mut self, key: u32) {
+        let Some(queue) = self.queue(key) else { return };
+        for entry in queue.revoke(Stamp::now()) {
+            // SAFETY: the address is the buffer of the slot that the queue keeps for the tag.
+            unsafe { self.push(entry) };
+        }
+    }
+
+    /// Hands the entries to the kernel and waits for `want` completions.
+    pub(crate) fn enter(&mut self, want: u32) -> Result<()> {
+        if !self.bell_armed && !self.closing {
+            self.arm_bell();
+        }
+        self.mailbox.enters.add(1);
+        self.ring.enter(want)?;
+        while let Some(entry) = self.backlog.front() {
+            // SAFETY: what the entry points to is kept since it was put here.
+            if unsafe { self.ring.push(entry) }.is_err() {
+                break;
+            }
+            self.backlog.pop_front();
+        }
+        Ok(())
+    }
+
+    fn arm_bell(&mut self) {
+        let Some(fd) = self.mailbox.event_fd() else { return };
+        let entry = io_uring::opcode::Read::new(
+            io_uring::types::Fd(fd),
+            (&raw mut *self.bell).cast(),
+            size_of::<u64>() as u32,
+        )
+        .build()
+        .user_data(Token::Bell.encode());
+        self.bell_armed = true;
+        // SAFETY: the counter is boxed, so its address is stable; the box is freed only after the ring, or
+        // leaked with it (see `Drop`), and nothing else touches it.
+        unsafe { self.push(entry) };
+    }
+
+    fn arm_idle_timer(&mut self) {
+        if self.idle_armed || self.closing {
+            return;
+        }
+        self.idle_armed = true;
+        let entry = io_uring::opcode::Timeout::new(&raw const *self.idle_after)
+            .build()
+            .user_data(Token::Idle.encode());
+        // SAFETY: the time is boxed and never changed; freed as the bell.
+        unsafe { self.push(entry) };
+    }
+
+    /// Whether entries wait for the kernel.
+    pub(crate) fn has_backlog(&self) -> bool {
+        !self.backlog.is_empty() || !self.parked.is_empty() || !self.settled.is_empty()
+    }
+
+    /// Collects what has completed.
+    pub(crate) fn reap(&mut self, harvest: &mut Harvest) {
+        harvest.wakers.append(&mut self.parked);
+        let mut now = None;
+        let mut idle = false;
+        let Core { ring, queues, operations, settled, bell_armed, idle_armed, .. } = self;
+        let mut again = Vec::new();
+        ring.reap(|word, result, _flags| match Token::decode(word) {
+            Some(Token::Command { key, tag }) => {
+                let Some(Some(queue)) = queues.get_mut(key as usize) else {
+                    tracing::error!(key, tag, "a completion for a queue that is gone");
+                    return;
+                };
+                match PerTag::interpret(result) {
+                    Arrived::Request => {
+                        let now = *now.get_or_insert_with(Stamp::now);
+                        match queue.arrived(tag, now) {
+                            Ok(request) => harvest.requests.push((key, request)),
+                            Err(slot) => settled.extend(slot),
+                        }
+                    }
+                    Arrived::Home => {
+                        if queue.came_home(tag) {
+                            harvest.ended.push(key);
+                        }
+                    }
+                    Arrived::Rejected(errno) => again.extend(queue.rejected(tag, errno).map(
+                        |entry| entry.user_data(Token::Command { key, tag }.encode()),
+                    )),
+                }
+            }
+            Some(Token::Bell) => *bell_armed = false,
+            Some(Token::Operation(index)) => {
+                let done = operations.complete(index, result);
+                harvest.wakers.extend(done.wake);
+                harvest.garbage.extend(done.garbage);
+                settled.extend(done.quiet.filter(|slot| slot.outcome().is_some()));
+            }
+            Some(Token::Cancel) => {}
+            Some(Token::Idle) => {
+                *idle_armed = false;
+                idle = true;
+            }
+            None => tracing::error!(word, result, "a completion that nobody asked for"),
+        });
+        for entry in again {
+            // SAFETY: the address is the buffer of the slot that the queue keeps for the tag.
+            unsafe { self.push(entry) };
+        }
+        if idle || !harvest.requests.is_empty() {
+            self.look_after_memory(idle);
+        }
+    }
+
+    /// Gives the buffers' memory back once a queue was idle for a while. Only where completions arrive
+    /// inside of an enter alone: elsewhere the kernel may be filling a buffer this very moment.
+    fn look_after_memory(&mut self, timer_fired: bool) {
+        if !self.ring.delivers_only_in_enter() {
+            return;
+        }
+        let mut active = false;
+        for queue in self.queues.iter_mut().flatten() {
+            active |= if timer_fired { queue.give_back_if_idle() } else { queue.has_touched_memory() };
+        }
+        if active {
+            self.arm_idle_timer();
+        }
+    }
+
+    /// The queues' numbers and whom to tell of them.
+    pub(crate) fn listeners(&self) -> Vec<(u16, Arc<dyn Events>)> {
+        self.queues.iter().flatten().map(|q| (q.number(), Arc::clone(q.events()))).collect()
+    }
+
+    /// The worker's numbers of the queues of a device.
+    pub(crate) fn keys_of(&self, device: u32) -> Vec<u32> {
+        let keys = self.queues.iter().flatten().filter(|q| q.device() == device);
+        keys.map(Queue::key).collect()
+    }
+
+    /// Cancels everything in flight and waits for it, a bounded time. For a worker without queues that ends.
+    pub(crate) fn drain(&mut self, harvest: &mut Harvest, limit: Duration) {
+        let deadline = Instant::now() + limit;
+        self.closing = true;
+        let mut pending: Vec<_> =
+            self.operations.all_in_flight().map(Token::Operation).collect();
+        pending.extend(self.bell_armed.then_some(Token::Bell));
+        pending.extend(self.idle_armed.then_some(Token::Idle));
+        for token in pending {
+            self.cancel(token);
+        }
+        while self.operations.in_flight() > 0 || self.bell_armed || self.idle_armed {
+            if Instant::now() >= deadline || self.enter(1).is_err() {
+                return;
+            }
+            self.reap(harvest);
+        }
+    }
+}
+
+impl Drop for Core {
+    fn drop(&mut self) {
+        if self.bell_armed || self.idle_armed {
+            // The kernel cancels these reads some time after the ring is closed: 8 and 16 bytes are left to
+            // it for good.
+            std::mem::forget(std::mem::take(&mut self.bell));
+            let timer = std::mem::replace(
+                &mut self.idle_after,
+                Box::new(io_uring::types::Timespec::new()),
+            );
+            std::mem::forget(timer);
+        }
+        for queue in self.queues.drain(..).flatten() {
+            queue.leave_to_the_kernel();
+        }
+    }
+}
+
+/// The cell that a worker's core lives in.
+pub(crate) struct Shared(Mutex<Option<Core>>);
+
+/// The core, locked, and there.
+pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Core>>);
+
+impl std::ops::Deref for Locked<'_> {
+    type Target = Core;
+    fn deref(&self) -> &Core {
+        match &*self.0 {
+            Some(core) => core,
+            None => unreachable!("checked when it was locked"),
+        }
+    }
+}
+
+impl std::ops::DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Core {
+        match &mut *self.0 {
+            Some(core) => core,
+            None => unreachable!("checked when it was locked"),
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn empty() -> Arc<Self> {
+        Arc::new(Shared(Mutex::new(None)))
+    }
+
+    /// The worker's thread puts its core in.
+    pub(crate) fn fill(&self, core: Core) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(core);
+    }
+
+    /// The core; `None` if it was taken away.
+    pub(crate) fn lock(&self) -> Option<Locked<'_>> {
+        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.is_some().then(|| Locked(guard))
+    }
+
+    /// Takes the core away from outside, unless the worker is using it.
+    pub(crate) fn try_take(&self) -> Option<Core> {
+        match self.0.try_lock() {
+            Ok(mut guard) => guard.take(),
+            Err(TryLockError::Poisoned(e)) => e.into_inner().take(),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The worker's thread takes its core back, to end.
+    pub(crate) fn take(&self) -> Option<Core> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_survive_the_trip_through_the_kernel() {
+        for token in [
+            Token::Command { key: 0, tag: 0 },
+            Token::Command { key: u32::MAX, tag: u16::MAX },
+            Token::Command { key: 513, tag: 4095 },
+            Token::Bell,
+            Token::Operation(0),
+            Token::Operation(u32::MAX),
+            Token::Cancel,
+            Token::Idle,
+        ] {
+            assert_eq!(Token::decode(token.encode()), Some(token));
+        }
+        assert_eq!(Token::decode(0), None);
+    }
+}

@@ -1,0 +1,263 @@
+//! Starting workers, speaking to them, and taking devices from one that is stuck.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread::ThreadId;
+use std::time::{Duration, Instant};
+
+use super::core::{Core, Shared};
+use super::mailbox::Mailbox;
+use super::queue::Start;
+use super::turn::{HandlerFactory, Message, Worker, lose, refuse};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::{fork, thread};
+use crate::uring::worker_ring::Size;
+
+/// How a worker is made.
+pub(crate) struct Plan {
+    pub(crate) name: String,
+    pub(crate) size: Size,
+    /// The CPUs that it is to run on, as far as the process may; empty: not pinned.
+    pub(crate) cpus: Vec<u32>,
+}
+
+/// One worker, from outside.
+pub(crate) struct WorkerHandle {
+    mailbox: Arc<Mailbox>,
+    shared: Arc<Shared>,
+    ended: Arc<Ended>,
+    thread: OnceLock<ThreadId>,
+    warnings: Vec<String>,
+    generation: u32,
+}
+
+#[derive(Default)]
+struct Ended {
+    yes: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Ended {
+    fn set(&self) {
+        *self.yes.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    fn wait(&self, time: Duration) -> bool {
+        let yes = self.yes.lock().unwrap_or_else(PoisonError::into_inner);
+        *self
+            .changed
+            .wait_timeout_while(yes, time, |yes| !*yes)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+    }
+}
+
+/// What a worker's thread reports once it has its ring.
+type Report = Result<(ThreadId, Vec<String>)>;
+
+impl WorkerHandle {
+    /// Starts the thread and waits until it has its ring.
+    pub(crate) fn start(plan: Plan) -> Result<Arc<Self>> {
+        let mailbox = Mailbox::new()?;
+        let shared = Shared::empty();
+        let ended = Arc::new(Ended::default());
+        let (report, started) = std::sync::mpsc::sync_channel::<Report>(1);
+        let theirs = (Arc::clone(&mailbox), Arc::clone(&shared), Arc::clone(&ended));
+        thread::spawn(plan.name, move || {
+            let (mailbox, shared, ended) = theirs;
+            match prepare(&plan.cpus, plan.size, &mailbox) {
+                Ok((core, warnings)) => {
+                    shared.fill(core);
+                    let _ = report.send(Ok((std::thread::current().id(), warnings)));
+                    Worker::new(shared, mailbox).run();
+                }
+                Err(e) => {
+                    let _ = report.send(Err(e));
+                }
+            }
+            ended.set();
+        })?;
+        let (id, warnings) = started.recv().unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::WorkerDied, "start a worker").because("it ended at once"))
+        })?;
+        Ok(Arc::new(WorkerHandle {
+            mailbox,
+            shared,
+            ended,
+            thread: OnceLock::from(id),
+            warnings,
+            generation: fork::generation(),
+        }))
+    }
+
+    /// Gives the worker a queue; the answer goes to the queue's listener.
+    pub(crate) fn attach(&self, start: Start, handler: HandlerFactory) {
+        let message = Message::Attach(Box::new(start), handler);
+        if let Err(Message::Attach(start, _)) = self.mailbox.send(message) {
+            let gone = Error::new(ErrorKind::WorkerDied, "give the queue to a worker");
+            refuse(&start, gone.because("the worker has ended"));
+        }
+    }
+
+    /// Answers what the device's holders keep, and refuses what comes.
+    pub(crate) fn revoke(&self, device: u32) {
+        // A worker that is gone has nothing to revoke.
+        let _ = self.mailbox.send(Message::Revoke { device });
+    }
+
+    /// Tells the worker to end once it has no queue.
+    pub(crate) fn end(&self) {
+        let _ = self.mailbox.send(Message::End);
+    }
+
+    /// Waits for the thread's end. False if it has not come.
+    pub(crate) fn wait_ended(&self, deadline: Instant) -> bool {
+        self.ended.wait(deadline.saturating_duration_since(Instant::now()))
+    }
+
+    /// Takes the ring and everything on it from the worker, whether it is stuck in user code or not, so that
+    /// the kernel can abort what it served. False if that did not succeed in time.
+    pub(crate) fn condemn(&self, deadline: Instant) -> bool {
+        let _ = self.mailbox.send(Message::Abandon);
+        loop {
+            if let Some(core) = self.shared.try_take() {
+                self.mailbox.close();
+                let stuck = Error::new(ErrorKind::WorkerDied, "serve the device")
+                    .because("its worker was stuck in the backend and had its ring taken away");
+                lose(core, Some(&stuck));
+                return true;
+            }
+            // The worker holds the ring: it is about to read the message, unless it is inside of a long
+            // kernel call. Its end wakes us.
+            if self.ended.wait(Duration::from_millis(10)) {
+                return true;
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+        }
+    }
+
+    /// Whether the caller is this worker.
+    pub(crate) fn is_current(&self) -> bool {
+        self.thread.get() == Some(&std::thread::current().id())
+    }
+
+    pub(crate) fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// How often the worker entered the kernel, and how often it had to be woken.
+    pub(crate) fn activity(&self) -> (u64, u64) {
+        (self.mailbox.enters.get(), self.mailbox.rings())
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        if self.generation == fork::generation() {
+            self.end();
+        }
+    }
+}
+
+/// On the worker's thread: its CPUs, its standing with memory reclaim, its ring.
+fn prepare(cpus: &[u32], size: Size, mailbox: &Arc<Mailbox>) -> Result<(Core, Vec<String>)> {
+    let mut warnings = Vec::new();
+    let allowed = thread::allowed_cpus();
+    let cpus: Vec<u32> = cpus.iter().copied().filter(|cpu| allowed.contains(cpu)).collect();
+    if !cpus.is_empty() {
+        if let Err(errno) = thread::pin(&cpus) {
+            warnings.push(format!("a worker could not be pinned to its queue's CPUs: {errno}"));
+        }
+    }
+    if let Err(errno) = thread::set_io_flusher() {
+        warnings.push(format!(
+            "workers are not I/O flushers ({errno}; needs CAP_SYS_RESOURCE): under memory pressure the disk \
+             can deadlock against its own writeback"
+        ));
+    }
+    Ok((Core::new(size, Arc::clone(mailbox))?, warnings))
+}
+
+/// Worker threads that serve the queues of any number of devices.
+///
+/// By default each queue of a device has a worker of its own. A pool of few workers is for many devices:
+///
+/// ```no_run
+/// use ublk_core::{Builder, Workers, targets::Null};
+///
+/// # fn main() -> ublk_core::Result<()> {
+/// let workers = Workers::new(2)?;
+/// let disks = (0..32)
+///     .map(|_| Builder::new(1 << 30, Null::new()).workers(&workers).start())
+///     .collect::<ublk_core::Result<Vec<_>>>()?;
+/// # drop(disks);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Clones are the same pool. Its threads end when the last clone and the last device on it are gone. A
+/// backend that blocks stalls every device that shares its worker: give such a device
+/// [`threads`](crate::Builder::threads). A worker that has to be given up, because a backend is stuck on it
+/// when its device is stopped, takes the other devices that it serves down with it.
+#[derive(Clone)]
+pub struct Workers(Arc<Inner>);
+
+struct Inner {
+    workers: Vec<Arc<WorkerHandle>>,
+    next: AtomicUsize,
+}
+
+impl Workers {
+    /// Starts `count` workers.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] for 0, and what keeps a thread or ring from being made.
+    pub fn new(count: usize) -> Result<Self> {
+        if count == 0 {
+            return Err(Error::new(ErrorKind::InvalidParameter, "start a pool of workers")
+                .because("it needs at least one"));
+        }
+        let workers = (0..count).map(|i| {
+            WorkerHandle::start(Plan {
+                name: format!("ublk-pool-{i}"),
+                size: Size { submissions: 4096, completions: 32_768, files: pool_files() },
+                cpus: Vec::new(),
+            })
+        });
+        let workers = workers.collect::<Result<Vec<_>>>()?;
+        Ok(Workers(Arc::new(Inner { workers, next: AtomicUsize::new(0) })))
+    }
+
+    /// The number of workers.
+    pub fn count(&self) -> usize {
+        self.0.workers.len()
+    }
+
+    /// The worker for another queue.
+    pub(crate) fn next(&self) -> Arc<WorkerHandle> {
+        let at = self.0.next.fetch_add(1, Ordering::Relaxed) % self.0.workers.len();
+        Arc::clone(&self.0.workers[at])
+    }
+}
+
+impl std::fmt::Debug for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workers").field("count", &self.count()).finish()
+    }
+}
+
+/// Places in the table of registered files of a pool's worker: a table may not be larger than the limit of
+/// open files (`io_sqe_files_register`).
+fn pool_files() -> u32 {
+    const WANTED: u32 = 1024;
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the pointer is to a writable rlimit.
+    match unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } {
+        0 => u32::try_from(limit.rlim_cur).unwrap_or(WANTED).clamp(1, WANTED),
+        _ => 64,
+    }
+}

@@ -1,0 +1,357 @@
+//! A queue as its worker sees it: which tags are out, which are home, and what is committed for each.
+
+use std::sync::Arc;
+
+use io_uring::squeue::Entry;
+
+use super::commands::PerTag;
+use super::core::Token;
+use super::mailbox::Mailbox;
+use super::meter::Meter;
+use super::slot::{Buffer, Outcome, Place, Slot};
+use crate::error::{Errno, Error, ErrorKind};
+use crate::request::{Op, Request};
+use crate::sys::clock::Stamp;
+use crate::sys::fork::OwnFd;
+use crate::sys::memory::{Backing, Descriptors, Region, page_size};
+use crate::uring::sqe::Encoding;
+
+/// What a queue tells its device.
+pub(crate) trait Events: Send + Sync {
+    /// The worker submitted the first fetch of every tag, or could not.
+    fn fetched(&self, queue: u16, result: crate::Result<()>);
+    /// The queue cannot go on: the device has to be taken down.
+    fn failed(&self, queue: u16, error: Error);
+    /// Every tag came home and the worker has let go of the device's file, or (`lost`) its ring is gone.
+    fn ended(&self, queue: u16, lost: bool);
+}
+
+/// What a worker needs to serve a queue.
+pub(crate) struct Start {
+    pub(crate) device: u32,
+    pub(crate) queue: u16,
+    pub(crate) depth: u16,
+    /// The size of each tag's buffer, in bytes.
+    pub(crate) buffer: u32,
+    pub(crate) backing: Backing,
+    pub(crate) encoding: Encoding,
+    pub(crate) char_device: Arc<OwnFd>,
+    pub(crate) descriptors: Descriptors,
+    /// The tags' buffers and one more, see [`Queue::region_for`].
+    pub(crate) region: Arc<Region>,
+    pub(crate) meter: Arc<Meter>,
+    pub(crate) events: Arc<dyn Events>,
+}
+
+pub(crate) struct Queue {
+    start: Start,
+    key: u32,
+    commands: PerTag,
+    slots: Vec<Arc<Slot>>,
+    /// Tags whose command came back for good.
+    home: u16,
+    /// The device ends: new requests are answered with EIO at once.
+    refusing: bool,
+    /// Commands that the kernel rejected, in a row.
+    rejections: u32,
+    failed: bool,
+    /// Requests came since the buffers' memory was last given back, and since the timer last fired.
+    touched: bool,
+    busy: bool,
+    /// What each tag's last request wanted; `None` before its first.
+    ops: Vec<Option<Op>>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl Queue {
+    /// The size of a buffer in the region: whole pages, so that memory can be given back tag by tag.
+    fn stride(buffer: u32) -> usize {
+        (buffer as usize).next_multiple_of(page_size())
+    }
+
+    /// The memory of a queue's buffers: one a tag, and a last one that all tags share once the queue
+    /// refuses everything and nobody looks at the data any more.
+    pub(crate) fn region_for(depth: u16, buffer: u32, backing: Backing) -> Result<Region, Errno> {
+        Region::new((usize::from(depth) + 1) * Self::stride(buffer), backing)
+    }
+
+    pub(crate) fn new(key: u32, commands: PerTag, start: Start, mailbox: &Arc<Mailbox>) -> Self {
+        let mut queue = Queue {
+            key,
+            commands,
+            slots: Vec::new(),
+            home: 0,
+            refusing: false,
+            rejections: 0,
+            failed: false,
+            touched: false,
+            busy: false,
+            ops: vec![None; usize::from(start.depth)],
+            mailbox: Arc::clone(mailbox),
+            start,
+        };
+        let slots = (0..queue.start.depth).map(|tag| {
+            let at = usize::from(tag) * Self::stride(queue.start.buffer);
+            queue.slot(tag, Buffer::new(Arc::clone(&queue.start.region), at, queue.start.buffer))
+        });
+        queue.slots = slots.collect();
+        queue
+    }
+
+    fn slot(&self, tag: u16, buffer: Buffer) -> Arc<Slot> {
+        let place =
+            Place { device: self.start.device, queue: self.start.queue, tag, key: self.key };
+        Slot::new(place, buffer, Arc::clone(&self.mailbox))
+    }
+
+    /// The slot for a tag whose buffer nobody will look at.
+    fn sink(&self, tag: u16) -> Arc<Slot> {
+        let at = usize::from(self.start.depth) * Self::stride(self.start.buffer);
+        self.slot(tag, Buffer::new(Arc::clone(&self.start.region), at, self.start.buffer))
+    }
+
+    pub(crate) fn slots(&self) -> &[Arc<Slot>] {
+        &self.slots
+    }
+
+    pub(crate) fn commands(&self) -> PerTag {
+        self.commands
+    }
+
+    pub(crate) fn depth(&self) -> u16 {
+        self.start.depth
+    }
+
+    pub(crate) fn meter(&self) -> &Arc<Meter> {
+        &self.start.meter
+    }
+
+    pub(crate) fn key(&self) -> u32 {
+        self.key
+    }
+
+    pub(crate) fn device(&self) -> u32 {
+        self.start.device
+    }
+
+    pub(crate) fn number(&self) -> u16 {
+        self.start.queue
+    }
+
+    pub(crate) fn events(&self) -> &Arc<dyn Events> {
+        &self.start.events
+    }
+
+    /// A request is in the descriptor of `tag`. What is not for the backend comes back as a slot that has
+    /// ended (`None` only for a completion that makes no sense, which is logged).
+    pub(crate) fn arrived(&mut self, tag: u16, now: Stamp) -> Result<Request, Option<Arc<Slot>>> {
+        let (Some(slot), Some(desc)) =
+            (self.slots.get(usize::from(tag)), self.start.descriptors.read(tag))
+        else {
+            tracing::error!(device = self.start.device, tag, "a request with an impossible tag");
+            return Err(None);
+        };
+        if !slot.issue() {
+            tracing::error!(device = self.start.device, tag, "a second request on a tag");
+            return Err(None);
+        }
+        let slot = Arc::clone(slot);
+        self.rejections = 0;
+        self.touched = true;
+        self.busy = true;
+        self.start.meter.arrived(tag, now);
+        let end = |errno| {
+            let outcome = Outcome { result: Err(errno), dropped: false, keeps_buffer: false };
+            let ended = slot.finish(outcome);
+            debug_assert!(ended, "issued just now");
+            Err(Some(Arc::clone(&slot)))
+        };
+        let op = Op::from_uapi(desc.op());
+        // An operation that this crate does not know counts as a flush: it has no data.
+        self.ops[usize::from(tag)] = Some(op.unwrap_or(Op::Flush));
+        if self.refusing {
+            self.start.meter.refused.add(1);
+            return end(Errno::EIO);
+        }
+        let Some(op) = op else {
+            return end(Errno::EOPNOTSUPP);
+        };
+        let bytes = u64::from(desc.nr_sectors) << 9;
+        if matches!(op, Op::Read | Op::Write) && bytes > u64::from(slot.buffer().len()) {
+            // The limits that the device was made with rule this out.
+            tracing::error!(device = self.start.device, tag, bytes, "a request beyond its buffer");
+            return end(Errno::EIO);
+        }
+        Ok(Request::new(slot, op, &desc))
+    }
+
+    fn op_of(&self, tag: u16) -> Op {
+        self.ops[usize::from(tag)].unwrap_or(Op::Flush)
+    }
+
+    /// The command that commits what `slot` ended with; `None` if it is not the tag's any more, or has to
+    /// wait.
+    pub(crate) fn settle(&mut self, slot: Arc<Slot>, now: Stamp) -> Option<Entry> {
+        let tag = slot.place().tag;
+        let current = self.slots.get(usize::from(tag))?;
+        if !Arc::ptr_eq(current, &slot) {
+            return None;
+        }
+        let outcome = slot.outcome()?;
+        let op = self.op_of(tag);
+        self.start.meter.ended(tag, op, outcome.result.ok().map(u64::from), now);
+        if outcome.dropped {
+            self.start.meter.dropped.add(1);
+            tracing::warn!(
+                device = self.start.device,
+                queue = self.start.queue,
+                tag,
+                ?op,
+                "a request was dropped without an answer: the client gets EIO"
+            );
+        }
+        let mut result = match outcome.result {
+            Ok(bytes) => i32::try_from(bytes).unwrap_or(i32::MAX),
+            Err(errno) => -errno.raw(),
+        };
+        if outcome.keeps_buffer {
+            match self.replacement(&slot, outcome) {
+                Ok(fresh) => self.slots[usize::from(tag)] = fresh,
+                Err(errno) => {
+                    // No memory for the tag: it ends here, and the device with it.
+                    result = -errno.raw();
+                    self.slots[usize::from(tag)] = self.sink(tag);
+                    self.refusing = true;
+                    self.fail(Error::new(ErrorKind::Io, "get memory for a tag").with_errno(errno));
+                }
+            }
+        } else {
+            slot.recycle();
+        }
+        Some(self.commands.commit(&self.slots[usize::from(tag)], result))
+    }
+
+    /// A slot with fresh memory for the tag of `old`, whose buffer somebody keeps. The data of a read moves
+    /// along: the address in a commit is where the kernel copies from.
+    fn replacement(&self, old: &Slot, outcome: Outcome) -> Result<Arc<Slot>, Errno> {
+        let region = Arc::new(Region::new(self.start.buffer as usize, self.start.backing)?);
+        let tag = old.place().tag;
+        if let (Op::Read, Ok(bytes)) = (self.op_of(tag), outcome.result) {
+            let bytes = bytes.min(self.start.buffer) as usize;
+            // SAFETY: both buffers have at least `bytes` bytes; the new one is nobody else's yet. The old
+            // one's keeper has a raw address only (`KeptBuffer`), and this copies through raw addresses,
+            // too.
+            unsafe {
+                region.at(0).copy_from_nonoverlapping(old.buffer().start(), bytes);
+            }
+        }
+        Ok(self.slot(tag, Buffer::new(region, 0, self.start.buffer)))
+    }
+
+    /// Takes every request that is out from its holder, answers it with EIO, and refuses new ones.
+    pub(crate) fn revoke(&mut self, now: Stamp) -> Vec<Entry> {
+        self.refusing = true;
+        let mut entries = Vec::new();
+        for tag in 0..self.start.depth {
+            if !self.slots[usize::from(tag)].revoke() {
+                continue;
+            }
+            let op = self.op_of(tag);
+            tracing::warn!(
+                device = self.start.device,
+                queue = self.start.queue,
+                tag,
+                ?op,
+                "a request was revoked: the client gets EIO"
+            );
+            self.start.meter.revoked.add(1);
+            self.start.meter.ended(tag, op, None, now);
+            let fresh = self.sink(tag);
+            entries.push(
+                self.commands
+                    .commit(&fresh, -libc::EIO)
+                    .user_data(Token::Command { key: self.key, tag }.encode()),
+            );
+            self.slots[usize::from(tag)] = fresh;
+        }
+        entries
+    }
+
+    /// The kernel refused a command. A commit is tried once more, as a failure of the request; then the
+    /// device is given up.
+    pub(crate) fn rejected(&mut self, tag: u16, errno: Errno) -> Option<Entry> {
+        self.start.meter.rejected.add(1);
+        self.rejections += 1;
+        tracing::error!(
+            device = self.start.device,
+            queue = self.start.queue,
+            tag,
+            %errno,
+            "the kernel rejected a command"
+        );
+        let fetching = self.ops.get(usize::from(tag)).is_none_or(Option::is_none);
+        if fetching || self.rejections > 1 {
+            let attempt =
+                if fetching { "fetch the first request" } else { "commit a request and fetch the next" };
+            self.fail(
+                Error::new(ErrorKind::Io, attempt)
+                    .on_tag(tag)
+                    .with_errno(errno)
+                    .because("the kernel rejected the command"),
+            );
+            return None;
+        }
+        let slot = self.slots.get(usize::from(tag))?;
+        Some(self.commands.commit(slot, -libc::EIO))
+    }
+
+    fn fail(&mut self, error: Error) {
+        if !std::mem::replace(&mut self.failed, true) {
+            let error = error.on_device(self.start.device).on_queue(self.start.queue);
+            self.start.events.failed(self.start.queue, error);
+        }
+    }
+
+    /// A tag's command came back for good. Whether it was the last.
+    pub(crate) fn came_home(&mut self, _tag: u16) -> bool {
+        self.home += 1;
+        self.home == self.start.depth
+    }
+
+    pub(crate) fn has_touched_memory(&self) -> bool {
+        self.touched && !self.start.backing.populate && !self.start.backing.huge_pages
+    }
+
+    /// Gives the memory of the buffers back if no request came since the last call. Whether the timer
+    /// should run on.
+    pub(crate) fn give_back_if_idle(&mut self) -> bool {
+        if !self.has_touched_memory() {
+            return false;
+        }
+        if std::mem::replace(&mut self.busy, false) {
+            return true;
+        }
+        let mut all = true;
+        for slot in &self.slots {
+            let buffer = slot.buffer();
+            if slot.is_with_kernel() && slot.operations() == 0 {
+                // SAFETY: the phase says that no request has the buffer, and that no ring operation uses
+                // it was just checked. The kernel fills it only within this thread's enters, and reads it
+                // only while it takes a commit, which it has.
+                unsafe { buffer.region().discard(buffer.offset(), buffer.len() as usize) };
+            } else {
+                all = false;
+            }
+        }
+        self.touched = !all;
+        !all
+    }
+
+    /// The ring goes away under the commands: their memory is left alone for good, because nobody will tell
+    /// when the kernel is done with it. The device's file and mapping are given up.
+    pub(crate) fn leave_to_the_kernel(self) {
+        for slot in &self.slots {
+            std::mem::forget(Arc::clone(slot.buffer().region()));
+        }
+    }
+}

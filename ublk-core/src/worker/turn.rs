@@ -1,0 +1,293 @@
+//! A worker's thread: the loop that commits, waits, reaps, and hands requests to their queues' handlers.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::core::{Core, Harvest, Shared};
+use super::executor::{Executor, Task};
+use super::mailbox::Mailbox;
+use super::meter::Meter;
+use super::queue::{Events, Start};
+use super::ring::Ring;
+use super::slot::Slot;
+use crate::backend::{QueueContext, QueueHandler};
+use crate::error::{Error, ErrorKind, Result};
+use crate::request::Request;
+
+/// Makes a queue's handler, on the worker's thread.
+pub(crate) type HandlerFactory = Box<dyn FnOnce() -> Box<dyn QueueHandler> + Send>;
+
+/// What other threads ask of a worker.
+pub(crate) enum Message {
+    /// Serve a queue.
+    Attach(Box<Start>, HandlerFactory),
+    /// Answer the requests of a device that are out with EIO, and every later one.
+    Revoke { device: u32 },
+    /// Drop the ring at once, with everything on it.
+    Abandon,
+    /// End when no queue is left.
+    End,
+}
+
+/// A queue's part on the user's side.
+struct Served {
+    handler: Box<dyn QueueHandler>,
+    meter: Arc<Meter>,
+}
+
+/// How the loop ended.
+enum End {
+    /// As asked.
+    Quiet,
+    /// Somebody took the core away, and has told the devices.
+    Taken,
+    /// It was told to drop everything.
+    Abandoned,
+}
+
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    mailbox: Arc<Mailbox>,
+    ring: Ring,
+    executor: Executor,
+    served: Vec<Option<Served>>,
+    finished: Vec<Arc<Slot>>,
+    harvest: Harvest,
+    spawned: Vec<Task>,
+    ending: bool,
+}
+
+impl Worker {
+    pub(crate) fn new(shared: Arc<Shared>, mailbox: Arc<Mailbox>) -> Self {
+        Worker {
+            ring: Ring::new(Arc::clone(&shared)),
+            executor: Executor::new(Arc::clone(&mailbox)),
+            shared,
+            mailbox,
+            served: Vec::new(),
+            finished: Vec::new(),
+            harvest: Harvest::default(),
+            spawned: Vec::new(),
+            ending: false,
+        }
+    }
+
+    /// Serves until told to end. Whatever happens in here, the ring is gone and every device knows when
+    /// it returns.
+    pub(crate) fn run(mut self) {
+        let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let error = match ended {
+            Ok(Ok(End::Quiet | End::Taken)) => None,
+            Ok(Ok(End::Abandoned)) => Some(
+                Error::new(ErrorKind::WorkerDied, "serve the device")
+                    .because("its worker was told to give up"),
+            ),
+            Ok(Err(error)) => Some(error),
+            Err(panic) => {
+                let text = panic_text(&*panic);
+                Some(Error::new(ErrorKind::WorkerDied, "serve the device").because(format!(
+                    "its worker panicked, which is a defect of this library: {text}"
+                )))
+            }
+        };
+        let unread = self.mailbox.close();
+        if let Some(core) = self.shared.take() {
+            lose(core, error.as_ref());
+        }
+        for message in unread {
+            if let Message::Attach(start, _) = message {
+                let gone = Error::new(ErrorKind::WorkerDied, "give the queue to a worker");
+                start.events.fetched(start.queue, Err(gone.because("the worker has ended")));
+            }
+        }
+        // What is left is the user's: tasks and handlers. Their destructors are contained.
+        let Worker { executor, served, .. } = self;
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(executor)));
+        for served in served.into_iter().flatten() {
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(served)));
+        }
+    }
+
+    fn serve(&mut self) -> Result<End> {
+        loop {
+            for message in self.mailbox.take_messages() {
+                match message {
+                    Message::Attach(start, factory) => {
+                        if !self.attach(*start, factory)? {
+                            return Ok(End::Taken);
+                        }
+                    }
+                    Message::Revoke { device } => {
+                        let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
+                        for key in core.keys_of(device) {
+                            core.revoke(key);
+                        }
+                    }
+                    Message::Abandon => return Ok(End::Abandoned),
+                    Message::End => self.ending = true,
+                }
+            }
+            self.mailbox.take_finished(&mut self.finished);
+            {
+                let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
+                if self.ending && !core.has_queues() {
+                    core.drain(&mut self.harvest, DRAIN_LIMIT);
+                    return Ok(End::Quiet);
+                }
+                core.settle(&mut self.finished);
+                let nothing_to_do = !self.executor.has_ready()
+                    && self.harvest.is_empty()
+                    && !core.has_backlog()
+                    && self.mailbox.may_sleep();
+                let entered = core.enter(u32::from(nothing_to_do));
+                self.mailbox.awake();
+                entered?;
+                core.reap(&mut self.harvest);
+            }
+            self.deliver();
+            if !self.harvest.ended.is_empty() && !self.detach_ended() {
+                return Ok(End::Taken);
+            }
+        }
+    }
+
+    /// Takes a queue in. False if the core was taken away.
+    fn attach(&mut self, start: Start, factory: HandlerFactory) -> Result<bool> {
+        let (device, number) = (start.device, start.queue);
+        let events = Arc::clone(&start.events);
+        let meter = Arc::clone(&start.meter);
+        let Ok(handler) = catch_unwind(AssertUnwindSafe(factory)) else {
+            let error = Error::new(ErrorKind::Io, "make the queue's handler")
+                .on_device(device)
+                .on_queue(number)
+                .because("it panicked");
+            events.fetched(number, Err(error));
+            return Ok(true);
+        };
+        let attached = {
+            let Some(mut core) = self.shared.lock() else {
+                let gone = Error::new(ErrorKind::WorkerDied, "give the queue to a worker");
+                events.fetched(number, Err(gone));
+                return Ok(false);
+            };
+            core.attach(start)
+        };
+        match attached {
+            Ok(key) => {
+                let at = key as usize;
+                if self.served.len() <= at {
+                    self.served.resize_with(at + 1, || None);
+                }
+                self.served[at] = Some(Served { handler, meter });
+                events.fetched(number, Ok(()));
+                Ok(true)
+            }
+            Err(error) if error.kind() == ErrorKind::WorkerDied => Err(error),
+            Err(error) => {
+                events.fetched(number, Err(error));
+                Ok(true)
+            }
+        }
+    }
+
+    /// Runs the user's code for what a turn brought.
+    fn deliver(&mut self) {
+        if !self.harvest.garbage.is_empty() {
+            for keep in self.harvest.garbage.drain(..) {
+                let _ = catch_unwind(AssertUnwindSafe(|| drop(keep)));
+            }
+        }
+        for waker in self.harvest.wakers.drain(..) {
+            let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
+        }
+        for (key, request) in self.harvest.requests.drain(..) {
+            let Some(Some(served)) = self.served.get_mut(key as usize) else {
+                drop(request);
+                continue;
+            };
+            Self::handle(served, request, &self.ring, &mut self.spawned);
+            for task in self.spawned.drain(..) {
+                self.executor.spawn(key, task);
+            }
+        }
+        let served = &self.served;
+        self.executor.run(|key| {
+            if let Some(Some(served)) = served.get(key as usize) {
+                served.meter.panics.add(1);
+            }
+        });
+    }
+
+    fn handle(served: &mut Served, request: Request, ring: &Ring, spawned: &mut Vec<Task>) {
+        let place = (request.device(), request.queue(), request.tag());
+        let mut context = QueueContext::new(ring, spawned);
+        let handler = &mut served.handler;
+        if let Err(panic) =
+            catch_unwind(AssertUnwindSafe(|| handler.handle(request, &mut context)))
+        {
+            served.meter.panics.add(1);
+            let (device, queue, tag) = place;
+            let text = panic_text(&*panic);
+            tracing::error!(device, queue, tag, text, "the backend panicked: the client gets EIO");
+        }
+    }
+
+    /// Lets go of the queues whose tags have come home. False if the core was taken away.
+    fn detach_ended(&mut self) -> bool {
+        for key in std::mem::take(&mut self.harvest.ended) {
+            let queue = {
+                let Some(mut core) = self.shared.lock() else { return false };
+                core.detach(key)
+            };
+            let Some(queue) = queue else { continue };
+            let (number, events) = (queue.number(), Arc::clone(queue.events()));
+            self.executor.drop_queue(key);
+            let served = self.served.get_mut(key as usize).and_then(Option::take);
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(served)));
+            // The mapping and the file go before the device hears of it: it waits for that to delete.
+            drop(queue);
+            events.ended(number, false);
+        }
+        true
+    }
+}
+
+/// How long a worker waits at its end for ring operations whose futures were dropped.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Drops a core with its queues on it, and tells their devices.
+pub(crate) fn lose(core: Core, error: Option<&Error>) {
+    let listeners = core.listeners();
+    drop(core);
+    for (queue, events) in listeners {
+        if let Some(error) = error {
+            let mut told = Error::new(error.kind(), error.attempt().to_owned()).on_queue(queue);
+            if let Some(cause) = error.cause() {
+                told = told.because(cause.to_owned());
+            }
+            if let Some(errno) = error.errno() {
+                told = told.with_errno(errno);
+            }
+            events.failed(queue, told);
+        }
+        events.ended(queue, true);
+    }
+}
+
+/// What a panic said.
+pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        text
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text
+    } else {
+        "(no message)"
+    }
+}
+
+/// For the listeners of a queue that was never attached.
+pub(crate) fn refuse(start: &Start, error: Error) {
+    let events: &dyn Events = &*start.events;
+    events.fetched(start.queue, Err(error));
+}
