@@ -1,0 +1,504 @@
+//! The control plane against a real driver. Runs as root where `ublk_drv` is loaded, one test at a time.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::time::{Duration, Instant};
+
+use ublk_core::control::{
+    AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
+    Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait,
+};
+use ublk_core::{Errno, ErrorKind};
+
+// Generous: the guest may be emulated.
+const SOON: Duration = Duration::from_secs(30);
+
+fn both_encodings(test: impl Fn(Control)) {
+    for encoding in [Encoding::Ioctl, Encoding::Legacy] {
+        let control = ControlOptions::new().encoding(encoding).open().unwrap();
+        assert_eq!(control.encoding(), encoding);
+        test(control);
+    }
+}
+
+fn params() -> DeviceParams {
+    DeviceParams::builder(64 << 20).queue_depth(4).build().unwrap()
+}
+
+fn add(control: &Control) -> u32 {
+    control.add_dev(&AddDevice::new(&params())).unwrap().id
+}
+
+fn delete(control: &Control, id: u32) {
+    control.delete(id, &Wait::for_(SOON)).unwrap();
+}
+
+fn ids(control: &Control) -> BTreeSet<u32> {
+    control.list().unwrap().iter().map(|d| d.id).collect()
+}
+
+fn is_recent(control: &Control) -> bool {
+    // 6.16 and later; parameter sections have no bits of their own.
+    control.get_features().unwrap().contains(Features::AUTO_BUF_REG)
+}
+
+fn eventually(what: &str, holds: impl Fn() -> bool) {
+    let end = Instant::now() + SOON;
+    while !holds() {
+        assert!(Instant::now() < end, "{what}: not in time");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn open_files() -> Vec<String> {
+    let fds = fs::read_dir("/proc/self/fd").unwrap();
+    let mut targets: Vec<_> = fds
+        .filter_map(|fd| Some(fs::read_link(fd.ok()?.path()).ok()?.to_string_lossy().into_owned()))
+        .collect();
+    targets.sort();
+    targets
+}
+
+fn control_threads() -> usize {
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    tasks
+        .filter(|task| {
+            let comm = task.as_ref().unwrap().path().join("comm");
+            fs::read_to_string(comm).is_ok_and(|name| name.trim() == "ublk-ctl")
+        })
+        .count()
+}
+
+#[test]
+fn the_driver_says_what_it_supports() {
+    both_encodings(|control| {
+        let features = control.get_features().unwrap();
+        assert_eq!(control.features(), Some(features));
+        assert!(features.contains(Features::CMD_IOCTL_ENCODE | Features::USER_COPY));
+        assert_eq!(features - Features::known(), Features::NONE, "a newer driver: teach us");
+        println!("{features}");
+    });
+}
+
+#[test]
+fn a_device_is_added_described_and_deleted() {
+    both_encodings(|control| {
+        let params = DeviceParams::builder(128 << 20)
+            .logical_block_size(4096)
+            .queues(2)
+            .queue_depth(17)
+            .max_io_bytes(256 << 10)
+            .rotational(true)
+            .read_only(true)
+            .volatile_cache(true)
+            .fua(true)
+            .io_opt(64 << 10)
+            .discard(Discard::granules_of(4096))
+            .max_write_zeroes_bytes(1 << 20)
+            .build()
+            .unwrap();
+        let mut request =
+            AddDevice::new(&params).features(FeatureRequest::require(Features::USER_COPY));
+        request.server_flags = 0x1122_3344_5566_7788;
+        let added = control.add_dev(&request).unwrap();
+        assert!((1..=2).contains(&added.queues), "clamped to the CPUs");
+        assert_eq!((added.queue_depth, added.max_io_bytes), (17, 256 << 10));
+        assert!(added.features.contains(Features::USER_COPY | Features::CMD_IOCTL_ENCODE));
+        assert_eq!((added.state, added.server_pid), (DeviceState::Dead, None));
+        assert_eq!(added.io_desc_size, 24);
+
+        let id = added.id;
+        assert_eq!(control.get_dev_info(id).unwrap(), added);
+        assert_eq!(control.get_dev_info2(id).unwrap(), added);
+        assert_eq!(control.list().unwrap(), std::slice::from_ref(&added));
+        assert_eq!(added.server_flags, 0x1122_3344_5566_7788);
+
+        let error = control.get_params(id).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WrongState, "{error}");
+        control.set_params(id, &params).unwrap();
+        let expected = params.to_builder().queues(added.queues).build().unwrap();
+        assert_eq!(control.get_params(id).unwrap(), expected);
+        // Again: a device that has not started can be given others.
+        control.set_params(id, &params.to_builder().capacity(1 << 20).build().unwrap()).unwrap();
+        assert_eq!(control.get_params(id).unwrap().capacity(), 1 << 20);
+
+        control.del_dev(id, &Wait::for_(SOON)).unwrap();
+        assert!(control.list().unwrap().is_empty());
+        assert!(!fs::exists(format!("/dev/ublkc{id}")).unwrap());
+    });
+}
+
+#[test]
+fn del_dev_async_deletes() {
+    let control = Control::open().unwrap();
+    let id = add(&control);
+    control.del_dev_async(id, &Wait::for_(SOON)).unwrap();
+    eventually("the id is free", || control.list().unwrap().is_empty());
+}
+
+#[test]
+fn a_taken_id_is_its_own_error() {
+    both_encodings(|control| {
+        let request = AddDevice::new(&params()).id(Some(77));
+        assert_eq!(control.add_dev(&request).unwrap().id, 77);
+        let error = control.add_dev(&request).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::IdTaken, Some(Errno::EEXIST)));
+        assert_eq!(error.device(), Some(77));
+        delete(&control, 77);
+    });
+}
+
+#[test]
+fn what_does_not_exist_is_its_own_error() {
+    both_encodings(|control| {
+        let wait = Wait::for_(SOON);
+        let id = 4_000;
+        for result in [
+            control.del_dev(id, &wait),
+            control.del_dev_async(id, &wait),
+            control.start_dev(id, std::process::id() as i32, &wait),
+            control.stop_dev(id, &wait),
+            control.set_params(id, &params()),
+            control.get_params(id).map(drop),
+            control.get_dev_info(id).map(drop),
+            control.get_dev_info2(id).map(drop),
+            control.get_queue_affinity(id, 0).map(drop),
+            control.start_user_recovery(id),
+            control.end_user_recovery(id, 1, &wait),
+            control.delete(id, &wait),
+        ] {
+            let error = result.unwrap_err();
+            assert_eq!(
+                (error.kind(), error.device()),
+                (ErrorKind::NoSuchDevice, Some(id)),
+                "{error}"
+            );
+        }
+    });
+}
+
+#[test]
+fn bad_arguments_are_refused_with_their_reason() {
+    let control = Control::open().unwrap();
+    let mut request = AddDevice::new(&params());
+    request.queue_depth = 5000;
+    assert_eq!(control.add_dev(&request).unwrap_err().kind(), ErrorKind::InvalidParameter);
+    let id = add(&control);
+    let error = control.get_queue_affinity(id, 99).unwrap_err();
+    assert_eq!((error.kind(), error.queue()), (ErrorKind::InvalidParameter, Some(99)));
+    let error = control.start_dev(id, 1, &Wait::for_(SOON)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidParameter, "no parameters: {error}");
+    if is_recent(&control) {
+        let error = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::WrongState, "no disk: {error}");
+    } else {
+        let error = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    }
+    control.stop_dev(id, &Wait::for_(SOON)).unwrap();
+    delete(&control, id);
+}
+
+#[test]
+fn every_cpu_belongs_to_one_queue() {
+    both_encodings(|control| {
+        let params = params().to_builder().queues(4).build().unwrap();
+        let device = control.add_dev(&AddDevice::new(&params)).unwrap();
+        let mut seen = BTreeSet::new();
+        for queue in 0..device.queues {
+            for cpu in control.get_queue_affinity(device.id, queue).unwrap().iter() {
+                assert!(seen.insert(cpu), "CPU {cpu} belongs to two queues");
+            }
+        }
+        let online = std::thread::available_parallelism().unwrap().get();
+        assert!(seen.len() >= online, "{seen:?} on {online} CPUs");
+        delete(&control, device.id);
+    });
+}
+
+#[test]
+fn a_section_that_the_driver_drops_is_an_error() {
+    both_encodings(|control| {
+        let id = add(&control);
+        let dma = params().to_builder().dma_alignment(512).build().unwrap();
+        let limits = SegmentLimits { boundary_mask: 0xffff, max_size: 65536, max_count: 32 };
+        let segments = params().to_builder().segments(limits).build().unwrap();
+        for (params, name) in [(dma, "DMA alignment"), (segments, "segment")] {
+            match control.set_params(id, &params) {
+                Ok(()) => {
+                    assert!(is_recent(&control));
+                    let info = control.get_dev_info(id).unwrap();
+                    let expected = params.to_builder().queues(info.queues).build().unwrap();
+                    assert_eq!(control.get_params(id).unwrap(), expected);
+                }
+                Err(e) => {
+                    assert!(!is_recent(&control), "{e}");
+                    assert_eq!(e.kind(), ErrorKind::Unsupported);
+                    assert!(e.cause().unwrap().contains(name), "{e}");
+                }
+            }
+        }
+        delete(&control, id);
+    });
+}
+
+#[test]
+fn a_feature_that_is_missing_or_forbidden_leaves_no_device() {
+    let control = Control::open().unwrap();
+    let unknown = Features::from_bits(1 << 62);
+    let cases = [
+        (FeatureRequest::require(unknown), ErrorKind::Unsupported, "bit62"),
+        (
+            FeatureRequest::default().forbid(Features::CMD_IOCTL_ENCODE),
+            ErrorKind::Unsupported,
+            "forces CMD_IOCTL_ENCODE on",
+        ),
+        // Offered by the driver, and cleared for root.
+        (
+            FeatureRequest::require(Features::UNPRIVILEGED_DEV),
+            ErrorKind::Unsupported,
+            "callers without CAP_SYS_ADMIN",
+        ),
+        (FeatureRequest::require(Features::ZONED), ErrorKind::InvalidParameter, "ZONED needs"),
+    ];
+    for (request, kind, words) in cases {
+        let error = control.add_dev(&AddDevice::new(&params()).features(request)).unwrap_err();
+        assert_eq!(error.kind(), kind, "{error}");
+        assert!(error.cause().unwrap().contains(words), "{error}");
+        assert!(control.list().unwrap().is_empty(), "{error}");
+    }
+    let request = FeatureRequest::require(Features::BATCH_IO);
+    match control.add_dev(&AddDevice::new(&params()).features(request)) {
+        Ok(device) => {
+            assert!(device.features.contains(Features::BATCH_IO));
+            assert!(!device.features.contains(Features::PER_IO_DAEMON));
+            delete(&control, device.id);
+        }
+        Err(e) => assert!(e.cause().unwrap().contains("BATCH_IO (since Linux 7.0)"), "{e}"),
+    }
+    // A preference is granted or not; the answer says.
+    let request = FeatureRequest::default().prefer(Features::known());
+    let device = control.add_dev(&AddDevice::new(&params()).features(request)).unwrap();
+    println!("preferring everything: {}", device.features);
+    delete(&control, device.id);
+}
+
+#[test]
+fn a_start_that_nobody_fetches_for_is_taken_back_at_its_deadline() {
+    both_encodings(|control| {
+        let id = add(&control);
+        control.set_params(id, &params()).unwrap();
+        let pid = std::process::id() as i32;
+        let begin = Instant::now();
+        let error =
+            control.start_dev(id, pid, &Wait::for_(Duration::from_millis(300))).unwrap_err();
+        assert_eq!((error.kind(), error.device()), (ErrorKind::TimedOut, Some(id)));
+        assert!(error.cause().unwrap().contains("gave the unfinished command back"), "{error}");
+        assert!(begin.elapsed() >= Duration::from_millis(300));
+        assert!(control.outstanding().is_empty());
+        // The thread is free, the device as before.
+        assert_eq!(control.get_dev_info(id).unwrap().state, DeviceState::Dead);
+        delete(&control, id);
+    });
+}
+
+#[test]
+fn a_start_is_cancelled_from_another_thread_at_once() {
+    let control = Control::open().unwrap();
+    let id = add(&control);
+    control.set_params(id, &params()).unwrap();
+    let token = CancelToken::new();
+    std::thread::scope(|s| {
+        let starter = s.spawn(|| {
+            let wait = Wait::for_(SOON).cancelled_by(&token);
+            control.start_dev(id, std::process::id() as i32, &wait)
+        });
+        eventually("the start is with the kernel", || {
+            control.outstanding().iter().any(|o| o.command == ControlCommand::StartDev)
+        });
+        let one = control.outstanding()[0];
+        assert_eq!((one.device, one.abandoned), (Some(id), false));
+        // While it waits other commands pass.
+        assert_eq!(control.get_dev_info(id).unwrap().id, id);
+        let begin = Instant::now();
+        token.cancel();
+        let error = starter.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+        assert!(error.cause().unwrap().contains("gave the unfinished command back"), "{error}");
+        assert!(begin.elapsed() < SOON / 3);
+    });
+    delete(&control, id);
+}
+
+#[test]
+fn a_deletion_that_a_holder_blocks_goes_on_by_itself() {
+    let control = Control::open().unwrap();
+    let id = add(&control);
+    let node = fs::File::options().read(true).write(true).open(format!("/dev/ublkc{id}")).unwrap();
+    let holders = control.holders(id);
+    let us = std::process::id();
+    assert!(
+        holders.iter().any(|h| matches!(h, Holder::Process { pid, disk: false, .. } if *pid == us)),
+        "{holders:?}"
+    );
+    let error = control.delete(id, &Wait::for_(Duration::from_millis(300))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    let cause = error.cause().unwrap();
+    assert!(cause.contains("goes on in the background"), "{error}");
+    assert!(cause.contains(&format!("(pid {us}) has the server's node open")), "{error}");
+    let stuck = control.outstanding();
+    assert_eq!(stuck.len(), 1);
+    assert_eq!((stuck[0].command, stuck[0].device), (ControlCommand::DelDev, Some(id)));
+    assert!(stuck[0].abandoned);
+    // It blocks nobody else.
+    let other = add(&control);
+    delete(&control, other);
+    // A handle that goes away meanwhile leaves the command to its thread, which ends with it.
+    let observer = Control::open().unwrap();
+    drop(control);
+    // A joined thread stays in /proc for a moment.
+    eventually("the idle threads have ended", || control_threads() == 2);
+    drop(node);
+    eventually("the device is gone", || !ids(&observer).contains(&id));
+    eventually("the stuck thread has ended", || control_threads() <= 1);
+}
+
+#[test]
+fn a_hundred_devices_one_after_another_leave_nothing() {
+    eventually("former tests' threads have ended", || control_threads() == 0);
+    let before = open_files();
+    for encoding in [Encoding::Ioctl, Encoding::Legacy] {
+        let control = ControlOptions::new().encoding(encoding).open().unwrap();
+        for _ in 0..50 {
+            let id = add(&control);
+            control.set_params(id, &params()).unwrap();
+            control.del_dev(id, &Wait::for_(SOON)).unwrap();
+        }
+        eventually("one caller has one thread", || control_threads() == 1);
+        assert!(control.list().unwrap().is_empty());
+    }
+    eventually("no thread is left", || control_threads() == 0);
+    assert_eq!(open_files(), before);
+}
+
+#[test]
+fn idle_threads_end_by_themselves() {
+    let control = Control::open().unwrap();
+    eventually("there is one thread", || control_threads() == 1);
+    let files = open_files().len();
+    eventually("the thread ends", || control_threads() == 0);
+    assert!(open_files().len() < files, "and takes its ring along");
+    control.get_features().unwrap();
+}
+
+#[test]
+fn eight_threads_share_a_handle() {
+    let control = Control::open().unwrap();
+    std::thread::scope(|s| {
+        for _ in 0..8 {
+            let control = control.clone();
+            s.spawn(move || {
+                for _ in 0..5 {
+                    let id = add(&control);
+                    control.set_params(id, &params()).unwrap();
+                    assert_eq!(control.get_params(id).unwrap().capacity(), 64 << 20);
+                    assert_eq!(control.get_dev_info(id).unwrap().id, id);
+                    control.delete(id, &Wait::for_(SOON)).unwrap();
+                }
+            });
+        }
+    });
+    assert!(control_threads() <= 8);
+    assert!(control.list().unwrap().is_empty());
+}
+
+#[test]
+fn devices_are_found_where_dev_is_empty() {
+    let dir = std::env::temp_dir().join("ublk-empty-dev");
+    fs::create_dir_all(&dir).unwrap();
+    let control = ControlOptions::new().dev_dir(&dir).open().unwrap();
+    let id = add(&control);
+    assert_eq!(ids(&control), [id].into());
+    delete(&control, id);
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "private nodes are removed");
+}
+
+#[test]
+fn a_forked_child_is_refused_and_the_parent_goes_on() {
+    let control = Control::open().unwrap();
+    let id = add(&control);
+    // SAFETY: the child makes one call, which is refused before it takes a lock, and exits without destructors.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let refused = control.get_features().is_err_and(|e| e.kind() == ErrorKind::Forked);
+        let empty = control.outstanding().is_empty();
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(if refused && empty { 0 } else { 1 }) };
+    }
+    let mut status = 0;
+    // SAFETY: `status` is writable for the call.
+    assert_eq!(unsafe { libc::waitpid(pid, &mut status, 0) }, pid);
+    assert_eq!(status, 0);
+    assert_eq!(control.get_dev_info(id).unwrap().id, id);
+    delete(&control, id);
+}
+
+const NOBODY: u32 = 65534;
+
+/// The part of an unprivileged user, in a process of its own.
+#[test]
+#[ignore = "started by an_unprivileged_user_has_a_device_of_its_own"]
+fn unprivileged_user() {
+    let control = ControlOptions::new().device_paths(true).open().unwrap();
+    let request = AddDevice::new(&params());
+    assert_eq!(control.add_dev(&request).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    let request = request.features(FeatureRequest::require(Features::UNPRIVILEGED_DEV));
+    let device = control.add_dev(&request).unwrap();
+    assert_eq!(device.owner_uid, NOBODY);
+    let id = device.id;
+    assert_eq!(control.get_dev_info(id).unwrap_err().kind(), ErrorKind::PermissionDenied);
+    println!("\nadded {id}");
+    // The part of udev, played by the test that started us, is done when our input ends.
+    std::io::stdin().lines().for_each(drop);
+    assert_eq!(control.get_dev_info(id).unwrap(), device);
+    control.set_params(id, &params()).unwrap();
+    assert_eq!(control.get_params(id).unwrap().capacity(), 64 << 20);
+    assert!(!control.get_queue_affinity(id, 0).unwrap().is_empty());
+    assert_eq!(ids(&control), [id].into());
+    let error = control.del_dev_async(id, &Wait::for_(SOON)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    delete(&control, id);
+}
+
+#[test]
+fn an_unprivileged_user_has_a_device_of_its_own() {
+    std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
+    // Root's own device is neither listed nor touched.
+    let control = Control::open().unwrap();
+    let roots = add(&control);
+    let mut user = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["unprivileged_user", "--exact", "--ignored", "--nocapture"])
+        .uid(NOBODY)
+        .gid(NOBODY)
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    for line in BufReader::new(user.stdout.take().unwrap()).lines() {
+        let line = line.unwrap();
+        if let Some(id) = line.strip_prefix("added ") {
+            std::os::unix::fs::chown(format!("/dev/ublkc{id}"), Some(NOBODY), None).unwrap();
+            user.stdin.take().unwrap().flush().unwrap();
+        }
+        said += &line;
+        said += "\n";
+    }
+    assert!(user.wait().unwrap().success(), "{said}");
+    assert!(said.contains("1 passed"), "{said}");
+    std::os::unix::fs::chown("/dev/ublk-control", Some(0), None).unwrap();
+    assert_eq!(ids(&control), [roots].into());
+    delete(&control, roots);
+}
