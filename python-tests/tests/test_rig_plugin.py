@@ -56,10 +56,14 @@ def test_after_leak(guest):
 @pytest.mark.leak_allow("ublkc7$")
 def test_allowed_leak(guest):
     guest.run("mknod /dev/ublkc7 c 240 7")
-def test_left_process(guest):
+def test_left_processes(guest):
     guest.popen(["sleep", "1000"])
-def test_left_grandchild(guest):
-    guest.run("sleep 1000 > /dev/null 2>&1 < /dev/null &")
+    guest.run("sleep 2000 > /dev/null 2>&1 < /dev/null &")
+@pytest.mark.vm(fresh=True)
+def test_hung_task(guest):
+    guest.run("echo 2 > /proc/sys/kernel/hung_task_timeout_secs; cd /dev/shm; modprobe loop;"
+              "truncate -s 64M i; mkfs.ext4 -q i; mkdir m; mount i m; fsfreeze -f m;"
+              "touch m/a & sleep 12; fsfreeze -u /dev/shm/m; wait; umount m")
 def test_ends_well(guest):
     guest.run("test ! -e /dev/ublkc7 && ! pgrep -x sleep")
 """,
@@ -67,7 +71,8 @@ def test_ends_well(guest):
     done.assert_outcomes(passed=9, errors=4)
     done.stdout.fnmatch_lines(["*WARNING: CPU: 0 PID: 1 at planted*", "*kept in *"])
     done.stdout.fnmatch_lines(["*left behind*", "*device /dev/ublkc7*"])
-    done.stdout.fnmatch_lines(["*process * sleep 1000*"])
+    done.stdout.fnmatch_lines(["*process * sleep 1000*", "*process * sleep 2000*"])
+    done.stdout.fnmatch_lines(["*INFO: task touch:* blocked for more than*"])
     done.stdout.fnmatch_lines(["kernel tests: 7.3: 5 passed, 4 failed, 0 skipped"])
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     data = json.loads((inner.path / "artifacts/summary.json").read_text())

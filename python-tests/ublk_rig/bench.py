@@ -37,11 +37,12 @@ class Disk:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A kind of disk and how to bring one up; `against` is what its ratio is taken to."""
+    """A kind of disk and how to bring one up; `against` is what its ratio is taken to, `example` what serves it."""
 
     name: str
     against: str | None
     up: Callable[[Guest], AbstractContextManager[Disk]]
+    example: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ def _filled(guest: Guest, disk: Disk) -> Disk:
 
 CONTESTANTS = (
     Contestant("null_blk", None, null_blk),
-    Contestant("ublk null", "null_blk", ours("null_disk", str(DISK_BYTES), fill=False)),
+    Contestant("ublk null", "null_blk", ours("null_disk", str(DISK_BYTES), fill=False), "null_disk"),
     Contestant("brd", None, brd),
     Contestant("loop on tmpfs", "brd", loop),
-    Contestant("ublk mem", "brd", ours("ramdisk", str(DISK_BYTES), fill=True)),
+    Contestant("ublk mem", "brd", ours("ramdisk", str(DISK_BYTES), fill=True), "ramdisk"),
 )
 
 
@@ -164,16 +165,28 @@ def _peak(guest: Guest, pid: int) -> int:
     return int(status[1]) << 10
 
 
-def measure(guest: Guest, rounds: int, secs: float, say: Callable[[str], None]) -> list[Measured]:
-    """All contestants side by side; one that cannot be brought up is named and left out."""
+def ready(say: Callable[[str], None]) -> list[Contestant]:
+    """Build what is served by us, before a guest has looked at the build; what there is not is named and left out."""
+    found = []
+    for contestant in CONTESTANTS:
+        try:
+            if contestant.example:
+                served.build_example(contestant.example)
+        except served.NoSuchExample as e:
+            say(f"not measured: {contestant.name} ({e})")
+        else:
+            found.append(contestant)
+    return found
+
+
+def measure(
+    guest: Guest, contestants: list[Contestant], rounds: int, secs: float, say: Callable[[str], None]
+) -> list[Measured]:
+    """All contestants side by side."""
     found: list[tuple[Disk, Measured]] = []
     with ExitStack() as stack:
-        for contestant in CONTESTANTS:
-            try:
-                disk = stack.enter_context(contestant.up(guest))
-            except served.NoSuchExample as e:
-                say(f"not measured: {contestant.name} ({e})")
-                continue
+        for contestant in contestants:
+            disk = stack.enter_context(contestant.up(guest))
             measured = Measured(contestant.name, contestant.against)
             if disk.server_pid is not None:
                 measured.idle_peak_bytes = _peak(guest, disk.server_pid)
@@ -215,9 +228,10 @@ def main(argv: list[str]) -> int:
     def say(text: str) -> None:
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
+    contestants = ready(say)
     try:
         with session.machine(shape, given.kernel, say, only_guests=True) as guest:
-            results = measure(guest, given.rounds, given.secs, say)
+            results = measure(guest, contestants, given.rounds, given.secs, say)
     except (
         *(served.ServerMisbehaved, kernels.KernelError, MachineDied),
         *(CommandFailed, CommandTimeout, NothingInTime, ProcessEnded),

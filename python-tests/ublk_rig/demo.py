@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ublk_rig import kernels, served, session
 from ublk_rig.channel import MachineDied
 from ublk_rig.guest import CommandFailed, CommandTimeout, Guest
 from ublk_rig.process import NothingInTime, ProcessEnded
 from ublk_rig.vm import Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 DISK_BYTES = 256 << 20
 FILES = 40
@@ -37,7 +42,7 @@ def _write_files(guest: Guest, folder: str) -> str:
     """Files of many sizes, flushed to the disk; the answer is their checksums."""
     guest.run(
         f"cd {folder} && for i in $(seq {FILES}); do"
-        " mkdir -p d$((i % 4)); head -c $((i * i * 3000 + i)) /dev/urandom > d$((i % 4))/file$i; done; sync",
+        " mkdir -p d$((i % 4)); head -c $((i * i * 800 + i)) /dev/urandom > d$((i % 4))/file$i; done; sync",
         timeout=120,
     )
     return _checksums(guest, folder)
@@ -45,6 +50,15 @@ def _write_files(guest: Guest, folder: str) -> str:
 
 def _checksums(guest: Guest, folder: str) -> str:
     return guest.run(f"cd {folder} && find . -type f -print0 | sort -z | xargs -0 sha256sum", timeout=120).out
+
+
+@contextmanager
+def _mounted(guest: Guest, device: str, folder: str) -> Iterator[None]:
+    guest.run(["mount", device, folder])
+    try:
+        yield
+    finally:
+        guest.run(["umount", folder], timeout=120)
 
 
 def show(guest: Guest, program: str, progress: Progress) -> None:
@@ -61,11 +75,10 @@ def show(guest: Guest, program: str, progress: Progress) -> None:
             progress.step(f"make a filesystem: mkfs.ext4 {device}")
             guest.run(["mkfs.ext4", "-q", device], timeout=120)
             progress.step(f"mount it and write {FILES} files")
-            guest.run(["mount", device, folder])
-            before = _write_files(guest, folder)
-            progress.detail(guest.run(f"df -h --output=used,size,target {folder} | tail -1").out.strip())
-            progress.step("unmount it")
-            guest.run(["umount", folder], timeout=120)
+            with _mounted(guest, device, folder):
+                before = _write_files(guest, folder)
+                progress.detail(guest.run(f"df -h --output=used {folder} | tail -1").out.strip() + " written")
+                progress.step("unmount it")
             progress.step("stop the server: the disk is gone, its data is in disk.img")
         guest.run(f"test ! -e {device}")
         progress.step("start the server again on the same file")
@@ -74,16 +87,15 @@ def show(guest: Guest, program: str, progress: Progress) -> None:
             progress.step(f"check the filesystem: e2fsck -fn {device}")
             guest.run(["e2fsck", "-fn", device], timeout=120)
             progress.step("mount it and verify every checksum")
-            guest.run(["mount", device, folder])
-            after = _checksums(guest, folder)
-            guest.run(["umount", folder], timeout=120)
+            with _mounted(guest, device, folder):
+                after = _checksums(guest, folder)
             if before != after or len(after.splitlines()) != FILES:
                 raise CommandFailed(f"the files differ after the restart:\n{before}\n{after}")
             progress.detail(f"all {FILES} files are what they were")
         guest.run(f"test ! -e {device}")
     finally:
         progress.step("clean up")
-        guest.run(f"umount {folder} 2>/dev/null; rm -rf {work}", check=False)
+        guest.run(["rm", "-r", "--one-file-system", work])
 
 
 def main() -> int:

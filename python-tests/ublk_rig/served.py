@@ -6,6 +6,8 @@ SIGTERM or the end of its stdin.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shutil
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ublk_rig import layout
+from ublk_rig.channel import MachineDied
+from ublk_rig.process import NothingInTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,6 +38,7 @@ class ServerMisbehaved(Exception):
     """A server did not announce its disk or did not stop cleanly."""
 
 
+@functools.cache
 def build_example(name: str, package: str = "ublk-core") -> Path:
     """Build an example, optimised, and return the program; cargo's own progress goes to the terminal."""
     cargo = shutil.which("cargo")
@@ -78,5 +83,11 @@ def serving(guest: Guest, argv: Sequence[str | Path]) -> Iterator[tuple[Process,
     """A served disk for the length of a block."""
     server, device = start(guest, argv)
     with server:
-        yield server, device
+        try:
+            yield server, device
+        except BaseException:
+            # Killing a server leaves its device; only its own way out removes it.
+            with contextlib.suppress(MachineDied, NothingInTime, ServerMisbehaved):
+                stop(server)
+            raise
         stop(server)
