@@ -1,4 +1,5 @@
-//! The control plane against a real driver. Runs as root where `ublk_drv` is loaded, one test at a time.
+//! The control plane against a real driver. Runs as root where `ublk_drv` is loaded, one test at a
+//! time.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -191,8 +192,19 @@ fn bad_arguments_are_refused_with_their_reason() {
     let error = control.start_dev(id, 1, &Wait::for_(SOON)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidParameter, "no parameters: {error}");
     if is_recent(&control) {
-        let error = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::WrongState, "no disk: {error}");
+        for result in
+            [control.try_stop_dev(id, &Wait::for_(SOON)), control.update_size(id, 1 << 20)]
+        {
+            let error = result.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::WrongState, "no disk: {error}");
+        }
+        for result in
+            [control.try_stop_dev(4_000, &Wait::for_(SOON)), control.update_size(4_000, 0)]
+        {
+            assert_eq!(result.unwrap_err().kind(), ErrorKind::NoSuchDevice);
+        }
+        let error = control.update_size(id, 1000).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidParameter, "{error}");
     } else {
         let error = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
@@ -426,10 +438,23 @@ fn devices_are_found_where_dev_is_empty() {
 }
 
 #[test]
+fn io_uring_that_is_switched_off_is_its_own_error() {
+    let switch = "/proc/sys/kernel/io_uring_disabled";
+    fs::write(switch, "2").unwrap();
+    let opened = Control::open();
+    fs::write(switch, "0").unwrap();
+    let error = opened.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::IoUringDisabled);
+    assert!(error.remedy().unwrap().contains("kernel.io_uring_disabled"), "{error}");
+    Control::open().unwrap();
+}
+
+#[test]
 fn a_forked_child_is_refused_and_the_parent_goes_on() {
     let control = Control::open().unwrap();
     let id = add(&control);
-    // SAFETY: the child makes one call, which is refused before it takes a lock, and exits without destructors.
+    // SAFETY: the child makes one call, which is refused before it takes a lock, and exits without
+    // destructors.
     let pid = unsafe { libc::fork() };
     if pid == 0 {
         let refused = control.get_features().is_err_and(|e| e.kind() == ErrorKind::Forked);
@@ -447,9 +472,9 @@ fn a_forked_child_is_refused_and_the_parent_goes_on() {
 
 const NOBODY: u32 = 65534;
 
-/// The part of an unprivileged user, in a process of its own.
-#[test]
-#[ignore = "started by an_unprivileged_user_has_a_device_of_its_own"]
+/// Says to this very test, started again as another user, that it is the user's part.
+const AS_USER: &str = "UBLK_TEST_AS_USER";
+
 fn unprivileged_user() {
     let control = ControlOptions::new().device_paths(true).open().unwrap();
     let request = AddDevice::new(&params());
@@ -474,12 +499,16 @@ fn unprivileged_user() {
 
 #[test]
 fn an_unprivileged_user_has_a_device_of_its_own() {
+    if std::env::var_os(AS_USER).is_some() {
+        return unprivileged_user();
+    }
     std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
     // Root's own device is neither listed nor touched.
     let control = Control::open().unwrap();
     let roots = add(&control);
     let mut user = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["unprivileged_user", "--exact", "--ignored", "--nocapture"])
+        .args(["an_unprivileged_user_has_a_device_of_its_own", "--exact", "--nocapture"])
+        .env(AS_USER, "1")
         .uid(NOBODY)
         .gid(NOBODY)
         .stdin(std::process::Stdio::piped())

@@ -1,7 +1,8 @@
-//! Our structs and constants against the kernel's own header: a C program made from it prints what it means, and every name in
-//! the header has to be known here.
+//! Our structs and constants against the kernel's own header: a C program made from it prints what
+//! it means, and every name in the header has to be known here.
 //!
-//! `UBLK_UAPI_INCLUDE` is the directory of the 7.3 headers, `usr/include` of Debian's `linux-libc-dev`.
+//! `UBLK_UAPI_INCLUDE` is the directory of the 7.3 headers, `usr/include` of Debian's
+//! `linux-libc-dev`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -11,7 +12,8 @@ use std::{env, fs};
 
 use ublk_core::uapi::*;
 
-/// What stands for a name that is not in the header: a field that C has as the compiler's gap or under another name.
+/// What stands for a name that is not in the header: a field that C has as the compiler's gap or
+/// under another name.
 const OURS_ALONE: &[(&str, &str)] = &[("ublk_params", "hole")];
 const RENAMED: &[(&str, &str, &str)] = &[("blk_zone", "type_", "type")];
 
@@ -164,7 +166,8 @@ fn c_field(name: &'static str, field: &'static str) -> Option<&'static str> {
 
 fn probe(dir: &std::path::Path) -> String {
     let mut c = String::from("#include <stddef.h>\n#include <stdio.h>\n#include <errno.h>\n");
-    // The four headers by their paths; what they include in turn is the machine's where it has it (linux/types.h).
+    // The four headers by their paths; what they include in turn is the machine's where it has it
+    // (linux/types.h).
     for header in ["fs.h", "blkzoned.h", "io_uring.h", "ublk_cmd.h"] {
         writeln!(c, "#include \"{}\"", dir.join("linux").join(header).display()).unwrap();
     }

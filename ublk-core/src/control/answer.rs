@@ -55,8 +55,7 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         (Errno::EBUSY, C::EndUserRecovery) => of(K::WrongState, "the device is not being recovered"),
         (Errno::EBUSY, C::TryStopDev) => of(K::Busy, "somebody has the disk open"),
         (Errno::ENODEV, C::TryStopDev | C::UpdateSize | C::QuiesceDev) => {
-            // The driver says the same for a device without a disk and for no device.
-            of(K::WrongState, "the device does not exist or has no disk")
+            of(K::WrongState, "the device has no disk")
         }
         (Errno::EBUSY, C::QuiesceDev) => of(K::Busy, "requests are with the server"),
         (Errno::EINVAL, C::DelDevAsync) => {

@@ -7,7 +7,7 @@ use super::info::{AddDevice, DeviceInfo};
 use super::params::DeviceParams;
 use super::pool::{Answer, Work};
 use super::wait::Wait;
-use super::{Control, CpuSet, Inner, answer, params_wire};
+use super::{Control, CpuSet, Inner, answer, holders, params_wire};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::uapi::bytes::{bytes_of, from_prefix};
 use crate::uapi::{
@@ -80,8 +80,8 @@ impl Inner {
         Ok(answer)
     }
 
-    /// As [`call`](Self::call), with the path if the options ask for paths and the device is an unprivileged one: of the others the
-    /// driver takes the path for the payload.
+    /// As [`call`](Self::call), with the path if the options ask for paths and the device is an
+    /// unprivileged one: of the others the driver takes the path for the payload.
     fn call_device(&self, mut call: Call, wait: &Wait) -> Result<Answer> {
         if self.device_paths && !call.with_path {
             let info = self.info_by_path(call.id)?;
@@ -117,9 +117,9 @@ pub(super) fn ask_features(inner: &Inner) -> Result<Features> {
 /// Commands. Where no [`Wait`] is taken, the wait is bounded by
 /// [`ControlOptions::patience`](super::ControlOptions::patience).
 ///
-/// Besides what is listed, every one can fail with [`ErrorKind::NoSuchDevice`], [`ErrorKind::PermissionDenied`],
-/// [`ErrorKind::TimedOut`], [`ErrorKind::Cancelled`], [`ErrorKind::Forked`] and, if a control thread cannot be made,
-/// [`ErrorKind::TooMany`].
+/// Besides what is listed, every one can fail with [`ErrorKind::NoSuchDevice`],
+/// [`ErrorKind::PermissionDenied`], [`ErrorKind::TimedOut`], [`ErrorKind::Cancelled`],
+/// [`ErrorKind::Forked`] and, if a control thread cannot be made, [`ErrorKind::TooMany`].
 impl Control {
     /// GET_FEATURES: asks the driver now.
     ///
@@ -130,16 +130,17 @@ impl Control {
         ask_features(&self.0)
     }
 
-    /// ADD_DEV: creates a device and its `/dev/ublkcN`. The answer is what the driver granted, and binding: it clamps the
-    /// queues to the number of CPUs and may add features.
+    /// ADD_DEV: creates a device and its `/dev/ublkcN`. The answer is what the driver granted, and
+    /// binding: it clamps the queues to the number of CPUs and may add features.
     ///
-    /// Features are negotiated: what the driver lacks of the required ones is refused before anything exists, and
-    /// a device that was granted something else than required is deleted again.
+    /// Features are negotiated: what the driver lacks of the required ones is refused before
+    /// anything exists, and a device that was granted something else than required is deleted
+    /// again.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] naming the feature, [`ErrorKind::InvalidParameter`], [`ErrorKind::IdTaken`],
-    /// [`ErrorKind::TooMany`].
+    /// [`ErrorKind::Unsupported`] naming the feature, [`ErrorKind::InvalidParameter`],
+    /// [`ErrorKind::IdTaken`], [`ErrorKind::TooMany`].
     pub fn add_dev(&self, request: &AddDevice) -> Result<DeviceInfo> {
         let asked = request.features.negotiate(self.0.features)?;
         let info = request.to_uapi(asked);
@@ -158,12 +159,13 @@ impl Control {
         Ok(granted)
     }
 
-    /// DEL_DEV: stops the device if need be, removes it and waits until its number is free, that is until nobody has its
-    /// nodes open, mapped or mounted.
+    /// DEL_DEV: stops the device if need be, removes it and waits until its number is free, that is
+    /// until nobody has its nodes open, mapped or mounted.
     ///
     /// # Errors
     ///
-    /// When the wait is over first, the kernel still finishes on its own; see [`outstanding`](Self::outstanding).
+    /// When the wait is over first, the kernel still finishes on its own; see
+    /// [`outstanding`](Self::outstanding).
     pub fn del_dev(&self, id: u32, wait: &Wait) -> Result<()> {
         self.0.call_device(Call::new(C::DelDev, id), wait).map(drop)
     }
@@ -172,31 +174,32 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] from drivers before Linux 6.5 and, always, on unprivileged devices.
+    /// [`ErrorKind::Unsupported`] from drivers that do not know it and, always, on unprivileged
+    /// devices.
     pub fn del_dev_async(&self, id: u32, wait: &Wait) -> Result<()> {
         self.0.call_device(Call::new(C::DelDevAsync, id), wait).map(drop)
     }
 
-    /// START_DEV: waits until every tag of every queue has been fetched and creates `/dev/ublkbN`. `server_pid` is the
-    /// process that opened `/dev/ublkcN`.
+    /// START_DEV: waits until every tag of every queue has been fetched and creates `/dev/ublkbN`.
+    /// `server_pid` is the process that opened `/dev/ublkcN`.
     ///
-    /// When the wait is over first, the command is taken back from the kernel and the device is as before. The
-    /// thread that waits here must not be one that fetches or serves: drivers before 6.13 read the partition
-    /// table before they answer.
+    /// When the wait is over first, the command is taken back from the kernel, which may take two
+    /// seconds more, and the device is as before. The thread that waits here must not be one that
+    /// fetches or serves: older drivers (6.12) read the partition table before they answer.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open, [`ErrorKind::InvalidParameter`]
-    /// without parameters or with the wrong process.
+    /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open,
+    /// [`ErrorKind::InvalidParameter`] without parameters or with the wrong process.
     pub fn start_dev(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
         self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait).map(drop)
     }
 
-    /// STOP_DEV: removes `/dev/ublkbN` once its requests and its writeback are done, and ends the server's commands with
-    /// `ENODEV`. Nothing happens to a dead device.
+    /// STOP_DEV: removes `/dev/ublkbN` once its requests and its writeback are done, and ends the
+    /// server's commands with `ENODEV`. Nothing happens to a dead device.
     ///
-    /// The server has to go on serving meanwhile. The kernel does not give this command back: when the wait is
-    /// over first it goes on on its own.
+    /// The server has to go on serving meanwhile. The kernel does not give this command back: when
+    /// the wait is over first it goes on on its own.
     ///
     /// # Errors
     ///
@@ -205,22 +208,30 @@ impl Control {
         self.0.call_device(Call::new(C::StopDev, id), wait).map(drop)
     }
 
-    /// TRY_STOP_DEV: as [`stop_dev`](Self::stop_dev) if nobody has the disk open. Once it succeeded the disk cannot be
-    /// opened without CAP_SYS_ADMIN, also when the device is started again.
+    /// TRY_STOP_DEV: as [`stop_dev`](Self::stop_dev) if nobody has the disk open. Once it succeeded
+    /// the disk cannot be opened without CAP_SYS_ADMIN, also when the device is started again.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] if somebody has it open, [`ErrorKind::WrongState`] if there is no disk, [`ErrorKind::Unsupported`] from
-    /// drivers without SAFE_STOP_DEV.
+    /// [`ErrorKind::Busy`] if somebody has it open, [`ErrorKind::WrongState`] if there is no disk,
+    /// [`ErrorKind::Unsupported`] from drivers without SAFE_STOP_DEV.
     pub fn try_stop_dev(&self, id: u32, wait: &Wait) -> Result<()> {
-        self.0.call_device(Call::new(C::TryStopDev, id), wait).map(drop)
+        let stopped = self.0.call_device(Call::new(C::TryStopDev, id), wait).map(drop);
+        stopped.map_err(|e| match e.kind() {
+            ErrorKind::Busy => match holders::sentence(&self.holders(id)) {
+                found if found.is_empty() => e,
+                found => e.because(format!("somebody has the disk open: {found}")),
+            },
+            _ => self.without_disk(id, e),
+        })
     }
 
     /// SET_PARAMS, read back: the driver drops sections that it does not know and reports success.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] naming the section that was dropped, [`ErrorKind::WrongState`] if the device has or had a disk.
+    /// [`ErrorKind::Unsupported`] naming the section that was dropped, [`ErrorKind::WrongState`] if
+    /// the device has or had a disk.
     pub fn set_params(&self, id: u32, params: &DeviceParams) -> Result<()> {
         self.set_raw_params(id, &params.to_uapi())
     }
@@ -240,7 +251,8 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] if none were set, [`ErrorKind::InvalidParameter`] if they are none that [`DeviceParams`] can express.
+    /// [`ErrorKind::WrongState`] if none were set, [`ErrorKind::InvalidParameter`] if they are none
+    /// that [`DeviceParams`] can express.
     pub fn get_params(&self, id: u32) -> Result<DeviceParams> {
         let params = self.get_raw_params(id)?;
         DeviceParams::from_uapi(&params, &self.get_raw_info(id)?)
@@ -278,8 +290,8 @@ impl Control {
         Ok(from_prefix(&answer.memory))
     }
 
-    /// GET_DEV_INFO2: as [`get_dev_info`](Self::get_dev_info), permitted to whoever may read `/dev/ublkcN`, if the device is
-    /// an unprivileged one.
+    /// GET_DEV_INFO2: as [`get_dev_info`](Self::get_dev_info), permitted to whoever may read
+    /// `/dev/ublkcN`, if the device is an unprivileged one.
     ///
     /// # Errors
     ///
@@ -305,14 +317,14 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] while the former server, or a process that it forked, has `/dev/ublkcN` open,
-    /// [`ErrorKind::WrongState`] if the device cannot be recovered.
+    /// [`ErrorKind::Busy`] while the former server, or a process that it forked, has `/dev/ublkcN`
+    /// open, [`ErrorKind::WrongState`] if the device cannot be recovered.
     pub fn start_user_recovery(&self, id: u32) -> Result<()> {
         self.0.call_device_soon(Call::new(C::StartUserRecovery, id)).map(drop)
     }
 
-    /// END_USER_RECOVERY: waits until every tag has been fetched again and lets I/O flow. When the wait is over first, the
-    /// command is taken back.
+    /// END_USER_RECOVERY: waits until every tag has been fetched again and lets I/O flow. When the
+    /// wait is over first, the command is taken back.
     ///
     /// # Errors
     ///
@@ -323,12 +335,14 @@ impl Control {
             .map(drop)
     }
 
-    /// UPDATE_SIZE: resizes a live disk, in bytes. The driver does not compare the size with the logical block size; this does.
+    /// UPDATE_SIZE: resizes a live disk, in bytes. The driver does not compare the size with the
+    /// logical block size; this does.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidParameter`] if the size is not a multiple of the logical block size, [`ErrorKind::WrongState`] if there is no
-    /// disk, [`ErrorKind::Unsupported`] from drivers without UPDATE_SIZE.
+    /// [`ErrorKind::InvalidParameter`] if the size is not a multiple of the logical block size,
+    /// [`ErrorKind::WrongState`] if there is no disk, [`ErrorKind::Unsupported`] from drivers
+    /// without UPDATE_SIZE.
     pub fn update_size(&self, id: u32, capacity: u64) -> Result<()> {
         let block = 1u64 << self.get_raw_params(id)?.basic.logical_bs_shift.min(63);
         if !capacity.is_multiple_of(block.max(super::SECTOR)) || capacity > i64::MAX as u64 {
@@ -343,39 +357,59 @@ impl Control {
             .map(drop)
     }
 
-    /// QUIESCE_DEV: takes a live, recoverable device from its server. `idle_ms` bounds the driver's own wait for idle tags,
-    /// 0 for no bound.
+    /// QUIESCE_DEV: takes a live, recoverable device from its server. `idle_ms` bounds the driver's
+    /// own wait for idle tags, 0 for no bound.
     ///
-    /// Drivers up to 7.3 do not see a queue whose tags are all with the server: repeat this once requests have drained.
+    /// Drivers up to 7.3 do not see a queue whose tags are all with the server: repeat this once
+    /// requests have drained.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Busy`] if requests stay with the server, [`ErrorKind::WrongState`] without a disk, [`ErrorKind::Unsupported`] without QUIESCE.
+    /// [`ErrorKind::Busy`] if requests stay with the server, [`ErrorKind::WrongState`] without a
+    /// disk, [`ErrorKind::Unsupported`] without QUIESCE.
     pub fn quiesce_dev(&self, id: u32, idle_ms: u64, wait: &Wait) -> Result<()> {
-        self.0.call_device(Call::new(C::QuiesceDev, id).data(idle_ms), wait).map(drop)
+        let call = Call::new(C::QuiesceDev, id).data(idle_ms);
+        self.0.call_device(call, wait).map(drop).map_err(|e| self.without_disk(id, e))
     }
 
-    /// REG_BUF: shares memory of this process with the device, read-only if its flags say so. Returns the buffer's index.
-    /// The driver freezes the disk for this: not from a thread that serves it.
+    /// The driver says ENODEV both for a device without a disk and for no device.
+    fn without_disk(&self, id: u32, error: Error) -> Error {
+        if error.errno() != Some(Errno::ENODEV) {
+            return error;
+        }
+        match self.get_raw_info(id) {
+            Err(e) if e.kind() == ErrorKind::NoSuchDevice => {
+                answer::error(C::GetDevInfo, Some(id), Errno::ENODEV)
+            }
+            _ => error,
+        }
+    }
+
+    /// REG_BUF: shares memory of this process with the device, read-only if its flags say so.
+    /// Returns the buffer's index. The driver freezes the disk for this: not from a thread that
+    /// serves it.
     ///
     /// # Safety
     ///
-    /// `buffer` names memory that stays mapped until it is unregistered or the device is gone, and that tolerates
-    /// being written by clients of the disk at any time.
+    /// `buffer` names memory that stays mapped until it is unregistered or the device is gone, and
+    /// that tolerates being written by clients of the disk at any time.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that is not whole pages.
+    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that
+    /// is not whole pages.
     pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
         let answer = self.0.call_device_soon(Call::new(C::RegBuf, id).payload(bytes_of(buffer)))?;
         Ok(answer.result as u32)
     }
 
-    /// UNREG_BUF: ends the sharing of the buffer with this index. Freezes the disk as [`reg_buf`](Self::reg_buf) does.
+    /// UNREG_BUF: ends the sharing of the buffer with this index. Freezes the disk as
+    /// [`reg_buf`](Self::reg_buf) does.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::Io`] with `ENOENT` for an unknown index.
+    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::Io`] with `ENOENT` for an unknown
+    /// index.
     pub fn unreg_buf(&self, id: u32, index: u32) -> Result<()> {
         self.0.call_device_soon(Call::new(C::UnregBuf, id).data(index.into())).map(drop)
     }

@@ -15,8 +15,8 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::PermissionDenied`] if there are devices and the caller may ask about none of them, [`ErrorKind::Io`] without
-    /// a sysfs at `/sys`.
+    /// [`ErrorKind::PermissionDenied`] if there are devices and the caller may ask about none of
+    /// them, [`ErrorKind::Io`] without a sysfs at `/sys`.
     pub fn list(&self) -> Result<Vec<DeviceInfo>> {
         let ids = self.0.places.ids().map_err(|e| {
             Error::new(ErrorKind::Io, "list the devices")
@@ -48,16 +48,17 @@ impl Control {
         }
     }
 
-    /// Stops a device if it has a disk, and deletes it: also one whose server is gone, and whoever added it. Its disk is pulled
-    /// from under its users.
+    /// Stops a device if it has a disk, and deletes it: also one whose server is gone, and whoever
+    /// added it. Its disk is pulled from under its users.
     ///
-    /// The two steps are separate because DEL_DEV would stop under the driver's global lock, where a server that
-    /// does not answer would hold up every other device.
+    /// The two steps are separate because DEL_DEV would stop under the driver's global lock, where
+    /// a server that does not answer would hold up every other device.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NoSuchDevice`]; [`ErrorKind::TimedOut`] if the stop waits for a server that does not answer, or the deletion for
-    /// processes that have the device open, which the error names as far as they are visible.
+    /// [`ErrorKind::NoSuchDevice`]; [`ErrorKind::TimedOut`] if the stop waits for a server that
+    /// does not answer, or the deletion for processes that have the device open, which the error
+    /// names as far as they are visible.
     pub fn delete(&self, id: u32, wait: &Wait) -> Result<()> {
         let info = self.get_dev_info(id).or_else(|e| match e.kind() {
             ErrorKind::PermissionDenied | ErrorKind::InvalidParameter => self.get_dev_info2(id),
@@ -84,8 +85,9 @@ impl Control {
         })
     }
 
-    /// What keeps a device in use, as far as this process can see: as root every process, otherwise the same user's;
-    /// mounts of this mount namespace only. A server that keeps its node in a ring's table of files is not seen.
+    /// What keeps a device in use, as far as this process can see: as root every process, otherwise
+    /// the same user's; mounts of this mount namespace only. A server that keeps its node in a
+    /// ring's table of files is not seen.
     pub fn holders(&self, id: u32) -> Vec<Holder> {
         holders::holders(Path::new(PROC), &Nodes::of(&self.0.places.sys, id))
     }

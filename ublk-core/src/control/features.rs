@@ -1,8 +1,8 @@
 //! Feature flags: what a kernel offers, what a device was granted, and how one is asked for.
 //!
-//! The driver drops flags that it does not know and says nothing (`ublk_ctrl_add_dev`), and it forces some on and
-//! clears others. So features are asked of the kernel before a device exists, and compared with what was
-//! granted after.
+//! The driver drops flags that it does not know and says nothing (`ublk_ctrl_add_dev`), and it
+//! forces some on and clears others. So features are asked of the kernel before a device exists,
+//! and compared with what was granted after.
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr, BitOrAssign, Not, Sub};
@@ -43,7 +43,8 @@ macro_rules! features {
     };
 }
 
-// The versions are upstream's. SHMEM_ZC and IO_DESC_SIZE are given the first release that we have seen them in.
+// The versions are upstream's. SHMEM_ZC and IO_DESC_SIZE are given the first release that we have
+// seen them in.
 features! {
     SUPPORT_ZERO_COPY = UBLK_F_SUPPORT_ZERO_COPY, "6.15", "Requests' pages can be registered with a ring.";
     URING_CMD_COMP_IN_TASK = UBLK_F_URING_CMD_COMP_IN_TASK, "6.0", "Requests arrive through task work; forced on by current drivers.";
@@ -170,7 +171,8 @@ impl FromIterator<Features> for Features {
 impl std::str::FromStr for Features {
     type Err = Error;
 
-    /// Names as [`Display`](fmt::Display) writes them, separated by blanks, commas or `|`, in any case.
+    /// Names as [`Display`](fmt::Display) writes them, separated by blanks, commas or `|`, in any
+    /// case.
     fn from_str(text: &str) -> Result<Self> {
         let words = text.split([' ', ',', '|']).filter(|word| !word.is_empty());
         words
@@ -304,8 +306,9 @@ impl FeatureRequest {
         self
     }
 
-    /// The flags to ask for, given what the driver offers; nothing is created yet. A driver that cannot say
-    /// what it offers (before Linux 6.5) is given `None`, and [`check`](Self::check) then decides.
+    /// The flags to ask for, given what the driver offers; nothing is created yet. A driver that
+    /// cannot say what it offers (before Linux 6.5) is given `None`, and [`check`](Self::check)
+    /// then decides.
     ///
     /// # Errors
     ///

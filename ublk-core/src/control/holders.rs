@@ -24,8 +24,8 @@ pub enum Holder {
     Claim(String),
     /// Swap on the disk.
     Swap,
-    /// The driver says that the disk is open; by whom cannot be seen from here (another namespace, a missing privilege,
-    /// or the kernel itself, which reads a new disk's partition table).
+    /// The driver says that the disk is open; by whom cannot be seen from here (another namespace,
+    /// a missing privilege, or the kernel itself, which reads a new disk's partition table).
     Unseen,
 }
 
@@ -47,7 +47,8 @@ impl fmt::Display for Holder {
     }
 }
 
-/// The numbers of a device's nodes, and what is on top of its disk: what sysfs forgets while the device goes away.
+/// The numbers of a device's nodes, and what is on top of its disk: what sysfs forgets while the
+/// device goes away.
 pub(crate) struct Nodes {
     id: u32,
     node: Option<u64>,
@@ -73,8 +74,8 @@ impl Nodes {
     }
 }
 
-/// The holders of a device that this process can see: it sees every process as root and its own user's otherwise,
-/// and mounts of its own mount namespace only.
+/// The holders of a device that this process can see: it sees every process as root and its own
+/// user's otherwise, and mounts of its own mount namespace only.
 pub(crate) fn holders(proc: &Path, nodes: &Nodes) -> Vec<Holder> {
     let Nodes { id, node, disks: numbers, claims } = nodes;
     let mut found = claims.clone();
@@ -125,7 +126,8 @@ fn parse_number(text: &str) -> Option<u64> {
 
 /// Whether an open file is a block device, and which, or a character device, and which.
 fn open_number(fd: &Path) -> Option<(bool, u64)> {
-    // Only links into a device directory or to something deleted are worth a stat: it may block on a dead network file system.
+    // Only links into a device directory or to something deleted are worth a stat: it may block on
+    // a dead network file system.
     let target = fs::read_link(fd).ok()?;
     if !target.starts_with("/dev") && !target.to_string_lossy().contains("ublk") {
         return None;

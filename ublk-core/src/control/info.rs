@@ -122,7 +122,8 @@ pub struct AddDevice {
 }
 
 impl AddDevice {
-    /// A device for these parameters, with a number that the driver chooses and no features asked for.
+    /// A device for these parameters, with a number that the driver chooses and no features asked
+    /// for.
     pub fn new(params: &DeviceParams) -> Self {
         AddDevice {
             id: None,

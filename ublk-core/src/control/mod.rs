@@ -1,8 +1,8 @@
 //! The control plane: adding, starting, stopping and deleting devices, from any thread.
 //!
-//! [`Control`] is a handle of `/dev/ublk-control`. It is cheap to clone and may be shared; each command runs on a
-//! thread of the library's, so that a caller can stop waiting for one that the kernel does not give back
-//! ([`Wait`], [`Control::outstanding`]).
+//! [`Control`] is a handle of `/dev/ublk-control`. It is cheap to clone and may be shared; each
+//! command runs on a thread of the library's, so that a caller can stop waiting for one that the
+//! kernel does not give back ([`Wait`], [`Control::outstanding`]).
 //!
 //! ```no_run
 //! use ublk_core::control::{AddDevice, Control, DeviceParams, Wait};
@@ -71,7 +71,8 @@ impl Default for ControlOptions {
 }
 
 impl ControlOptions {
-    /// The defaults: `/dev`, the encoding that the driver asks for, 30 seconds for commands that should be short.
+    /// The defaults: `/dev`, the encoding that the driver asks for, 30 seconds for commands that
+    /// should be short.
     pub fn new() -> Self {
         Self::default()
     }
@@ -88,16 +89,17 @@ impl ControlOptions {
         self
     }
 
-    /// Sends the path of `/dev/ublkcN` with each command about an unprivileged device: the driver then checks the caller's
-    /// permissions on that node in place of CAP_SYS_ADMIN. Costs a GET_DEV_INFO2 before each command, since
-    /// the driver takes the path for the payload where a device is not an unprivileged one.
+    /// Sends the path of `/dev/ublkcN` with each command about an unprivileged device: the driver
+    /// then checks the caller's permissions on that node in place of CAP_SYS_ADMIN. Costs a
+    /// GET_DEV_INFO2 before each command, since the driver takes the path for the payload where a
+    /// device is not an unprivileged one.
     pub fn device_paths(mut self, on: bool) -> Self {
         self.device_paths = on;
         self
     }
 
-    /// How long to wait for commands that have no [`Wait`] of their own. They take microseconds unless another
-    /// command of somebody else's is stuck in the driver.
+    /// How long to wait for commands that have no [`Wait`] of their own. They take microseconds
+    /// unless another command of somebody else's is stuck in the driver.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
         self
@@ -107,7 +109,8 @@ impl ControlOptions {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::DriverMissing`], [`ErrorKind::IoUringDisabled`], [`ErrorKind::PermissionDenied`], [`ErrorKind::TooMany`].
+    /// [`ErrorKind::DriverMissing`], [`ErrorKind::IoUringDisabled`],
+    /// [`ErrorKind::PermissionDenied`], [`ErrorKind::TooMany`].
     pub fn open(self) -> Result<Control> {
         let pool = pool::Pool::new(node::open_control(&self.places)?);
         let mut inner = Inner {
@@ -120,8 +123,8 @@ impl ControlOptions {
         };
         match commands::ask_features(&inner) {
             Ok(features) => inner.features = Some(features),
-            // Before Linux 6.5 the driver could not say, and the answer for an unknown command depended on
-            // whether the id of the header existed.
+            // Before Linux 6.5 the driver could not say, and the answer for an unknown command
+            // depended on whether the id of the header existed.
             Err(e) if e.kind() == ErrorKind::Unsupported => inner.encoding = Encoding::Legacy,
             Err(e) => return Err(e),
         }
@@ -134,8 +137,8 @@ impl ControlOptions {
 
 /// A handle of the ublk driver, usable from any thread and shared by its clones.
 ///
-/// In a forked child every call is refused with [`ErrorKind::Forked`]. Dropping the last clone ends the idle
-/// control threads; a thread that waits for the kernel ends when its command comes back.
+/// In a forked child every call is refused with [`ErrorKind::Forked`]. Dropping the last clone ends
+/// the idle control threads; a thread that waits for the kernel ends when its command comes back.
 #[derive(Clone)]
 pub struct Control(Arc<Inner>);
 
@@ -163,12 +166,14 @@ impl Control {
         self.0.encoding
     }
 
-    /// What the driver offered when this was opened; `None` from drivers that cannot say (before Linux 6.5).
+    /// What the driver offered when this was opened; `None` from drivers that cannot say (before
+    /// Linux 6.5).
     pub fn features(&self) -> Option<Features> {
         self.0.features
     }
 
-    /// The commands that are with the kernel now, those included whose callers have stopped waiting.
+    /// The commands that are with the kernel now, those included whose callers have stopped
+    /// waiting.
     pub fn outstanding(&self) -> Vec<Outstanding> {
         self.0.pool.outstanding()
     }
@@ -177,8 +182,8 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NoSuchDevice`], [`ErrorKind::Busy`] while another server has it open, [`ErrorKind::PermissionDenied`];
-    /// until the wait is over, the latter two are waited for.
+    /// [`ErrorKind::NoSuchDevice`], [`ErrorKind::Busy`] while another server has it open,
+    /// [`ErrorKind::PermissionDenied`]; until the wait is over, the latter two are waited for.
     #[allow(dead_code, reason = "the device module opens what it serves")]
     pub(crate) fn open_char_device(&self, id: u32, wait: &Wait) -> Result<OwnFd> {
         node::open_char_device(&self.0.places, id, wait)

@@ -1,7 +1,7 @@
 //! Opening the driver's character devices, also where `/dev` does not show them.
 //!
-//! A container often has a `/dev` of its own in which nodes never appear. sysfs knows every device's number, so a
-//! process that may make nodes makes one for itself, opens it and removes it.
+//! A container often has a `/dev` of its own in which nodes never appear. sysfs knows every
+//! device's number, so a process that may make nodes makes one for itself, opens it and removes it.
 
 use std::fs::{self, OpenOptions};
 use std::io;
@@ -94,14 +94,16 @@ pub(crate) fn open_control(places: &Places) -> Result<OwnFd> {
     }
 }
 
-/// Opens `/dev/ublkcN` for serving, `O_NONBLOCK` so that ring operations on it never go to a kernel worker.
+/// Opens `/dev/ublkcN` for serving, `O_NONBLOCK` so that ring operations on it never go to a kernel
+/// worker.
 ///
-/// Until `wait` is over this waits for a node that a device manager has yet to make or to give to us, and for a former
-/// server to close the device.
+/// Until `wait` is over this waits for a node that a device manager has yet to make or to give to
+/// us, and for a former server to close the device.
 ///
 /// # Errors
 ///
-/// [`ErrorKind::NoSuchDevice`], [`ErrorKind::Busy`] while another server has it open, [`ErrorKind::PermissionDenied`].
+/// [`ErrorKind::NoSuchDevice`], [`ErrorKind::Busy`] while another server has it open,
+/// [`ErrorKind::PermissionDenied`].
 pub(crate) fn open_char_device(places: &Places, id: u32, wait: &Wait) -> Result<OwnFd> {
     let path = places.char_device(id);
     let number = places.char_class().join(format!("ublkc{id}/dev"));
@@ -235,8 +237,8 @@ mod tests {
     #[test]
     fn a_node_that_may_not_be_made_is_waited_for_until_the_deadline() {
         let places = places("late");
-        // A number that no driver has (the range is reserved for local use) fails to open with ENXIO where the
-        // node can be made, and with EPERM where it cannot.
+        // A number that no driver has (the range is reserved for local use) fails to open with
+        // ENXIO where the node can be made, and with EPERM where it cannot.
         fs::create_dir_all(places.sys.join("class/ublk-char/ublkc7")).unwrap();
         fs::write(places.sys.join("class/ublk-char/ublkc7/dev"), "240:1048575\n").unwrap();
         let wait = Wait::for_(Duration::from_millis(50));

@@ -12,8 +12,8 @@ pub(crate) struct PrivateNode {
 }
 
 impl PrivateNode {
-    /// Makes the node. File systems for temporary files are often mounted `nodev`, so that a node there does not open;
-    /// `/dev` and `/run` are tried as well.
+    /// Makes the node. File systems for temporary files are often mounted `nodev`, so that a node
+    /// there does not open; `/dev` and `/run` are tried as well.
     pub(crate) fn new(number: libc::dev_t) -> io::Result<Self> {
         let mut last = io::Error::from_raw_os_error(libc::ENOENT);
         for parent in [Path::new("/dev"), Path::new("/run"), &std::env::temp_dir()] {
@@ -28,8 +28,8 @@ impl PrivateNode {
     fn make_in(parent: &Path, number: libc::dev_t) -> io::Result<Self> {
         let template = parent.join(".ublk-XXXXXX");
         let mut template = CString::new(template.as_os_str().as_bytes())?.into_bytes_with_nul();
-        // SAFETY: `template` is a NUL-terminated string of ours that ends in six X, which mkdtemp overwrites in
-        // place.
+        // SAFETY: `template` is a NUL-terminated string of ours that ends in six X, which mkdtemp
+        // overwrites in place.
         if unsafe { libc::mkdtemp(template.as_mut_ptr().cast()) }.is_null() {
             return Err(io::Error::last_os_error());
         }
@@ -56,7 +56,8 @@ impl PrivateNode {
 /// Whether devices do not open in the file system of `path`.
 fn is_nodev(path: &CString) -> io::Result<bool> {
     let mut stat = std::mem::MaybeUninit::<libc::statvfs>::uninit();
-    // SAFETY: `path` is NUL-terminated and `stat` is writable; it is read only after success filled it in.
+    // SAFETY: `path` is NUL-terminated and `stat` is writable; it is read only after success filled
+    // it in.
     let flags = unsafe {
         if libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) != 0 {
             return Err(io::Error::last_os_error());

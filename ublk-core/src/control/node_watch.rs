@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::sys::fork::OwnFd;
 
-/// The kernel announces a close before the driver has seen it (`__fput`), and there may be no inotify: so no
-/// wait is longer than this.
+/// The kernel announces a close before the driver has seen it (`__fput`), and there may be no
+/// inotify: so no wait is longer than this.
 const STEP: Duration = Duration::from_millis(20);
 
 /// Events of the entries of one directory.
@@ -47,8 +47,8 @@ impl Watch {
         let ready = unsafe { libc::poll(&mut poll, 1, step.as_millis() as i32 + 1) };
         if ready > 0 {
             let mut events = [0u8; 4096];
-            // SAFETY: the pointer is to 4096 writable bytes. The events are discarded, so their alignment does
-            // not matter.
+            // SAFETY: the pointer is to 4096 writable bytes. The events are discarded, so their
+            // alignment does not matter.
             unsafe { libc::read(fd.as_raw_fd(), events.as_mut_ptr().cast(), events.len()) };
         }
     }

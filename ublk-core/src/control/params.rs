@@ -1,7 +1,7 @@
 //! A disk's parameters, checked before the kernel sees them.
 //!
-//! The driver answers every broken rule with EINVAL (`ublk_validate_params`) and the block layer with a failed start
-//! (`blk_validate_limits`). Here each rule has words of its own.
+//! The driver answers every broken rule with EINVAL (`ublk_validate_params`) and the block layer
+//! with a failed start (`blk_validate_limits`). Here each rule has words of its own.
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::page_size;
@@ -9,7 +9,8 @@ use crate::uapi;
 
 /// Bytes of a sector, the unit of every sector count in the kernel's interface.
 pub const SECTOR: u64 = 512;
-/// Bytes of the largest request in any mode: 25 bits of the offset that user copy reads and writes at.
+/// Bytes of the largest request in any mode: 25 bits of the offset that user copy reads and writes
+/// at.
 pub const MAX_IO_BYTES: u32 = 1 << uapi::UBLK_IO_BUF_BITS;
 /// Bytes of the largest request unless asked otherwise.
 pub const DEFAULT_MAX_IO_BYTES: u32 = 512 << 10;
@@ -19,7 +20,8 @@ const MAX_HINT: u32 = 256 << 20;
 /// What the disk does with discards.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Discard {
-    /// Bytes from the disk's start to the first granule: a multiple of the logical block size below the granularity.
+    /// Bytes from the disk's start to the first granule: a multiple of the logical block size below
+    /// the granularity.
     pub alignment: u32,
     /// Bytes of a granule: a multiple of the logical block size, not 0.
     pub granularity: u32,
@@ -53,7 +55,8 @@ pub struct SegmentLimits {
     pub max_count: u16,
 }
 
-/// A disk's parameters. A value of this type breaks no rule: [`ParamsBuilder::build`] checks them all.
+/// A disk's parameters. A value of this type breaks no rule: [`ParamsBuilder::build`] checks them
+/// all.
 ///
 /// ```
 /// use ublk_core::control::DeviceParams;
@@ -120,9 +123,11 @@ setters! {
     max_io_bytes: u32 => fields.max_io_bytes;
     /// Bytes of a logical block: a power of two from 512 to the page size, default 512.
     logical_block_size: u32 => fields.logical_block_size;
-    /// Bytes of a physical block: a power of two from the logical block size to 256 MiB, default 4096.
+    /// Bytes of a physical block: a power of two from the logical block size to 256 MiB, default
+    /// 4096.
     physical_block_size: u32 => physical_block_size, Some;
-    /// Bytes of the smallest I/O that is not slow: a power of two from 512 to 256 MiB, default the physical block size.
+    /// Bytes of the smallest I/O that is not slow: a power of two from 512 to 256 MiB, default the
+    /// physical block size.
     io_min: u32 => io_min, Some;
     /// Bytes of the best I/O: a power of two from 512 to 256 MiB, default the physical block size.
     io_opt: u32 => io_opt, Some;
@@ -130,18 +135,22 @@ setters! {
     read_only: bool => fields.read_only;
     /// Whether the disk seeks; default no.
     rotational: bool => fields.rotational;
-    /// Whether completed writes may be lost until a flush, so that the kernel sends flushes; default no.
+    /// Whether completed writes may be lost until a flush, so that the kernel sends flushes;
+    /// default no.
     volatile_cache: bool => fields.volatile_cache;
     /// Whether single writes can be asked to be durable; needs a volatile cache. Default no.
     fua: bool => fields.fua;
     /// What the disk does with discards; default: it takes none.
     discard: Discard => fields.discard, Some;
-    /// Bytes of the largest WRITE_ZEROES: a multiple of the logical block size below 2 TiB. Default 0: it takes none.
+    /// Bytes of the largest WRITE_ZEROES: a multiple of the logical block size below 2 TiB. Default
+    /// 0: it takes none.
     max_write_zeroes_bytes: u64 => fields.max_write_zeroes_bytes;
-    /// Bytes that the memory of direct I/O is aligned to: a power of two from 2 to the page size. Asked for explicitly, it is
-    /// a requirement: drivers before Linux 6.15 do not know it. Default: the kernel's choice.
+    /// Bytes that the memory of direct I/O is aligned to: a power of two from 2 to the page size.
+    /// Asked for explicitly, it is a requirement: drivers before Linux 6.15 do not know it.
+    /// Default: the kernel's choice.
     dma_alignment: u32 => fields.dma_alignment, Some;
-    /// Limits of memory segments. Asked for explicitly, they are a requirement: drivers before Linux 6.15 do not know them.
+    /// Limits of memory segments. Asked for explicitly, they are a requirement: drivers before
+    /// Linux 6.15 do not know them.
     segments: SegmentLimits => fields.segments, Some;
 }
 
@@ -156,7 +165,8 @@ impl ParamsBuilder {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidParameter`], naming the rule that is broken and the value that breaks it.
+    /// [`ErrorKind::InvalidParameter`], naming the rule that is broken and the value that breaks
+    /// it.
     pub fn build(&self) -> Result<DeviceParams> {
         let mut fields = self.fields.clone();
         // A block that is larger than 4096 is its own physical block.

@@ -7,8 +7,8 @@ use crate::uapi::*;
 
 const PAGE: u64 = 4096;
 
-/// `ublk_validate_params` of 7.3 without its zone and integrity branches, and the checks of ADD_DEV, on a kernel
-/// with 4 KiB pages.
+/// `ublk_validate_params` of 7.3 without its zone and integrity branches, and the checks of
+/// ADD_DEV, on a kernel with 4 KiB pages.
 fn driver_takes(
     p: &ublk_params,
     queues: u16,

@@ -1,4 +1,5 @@
-//! [`DeviceParams`] as the kernel's struct and back, and the comparison of what was asked with what was taken.
+//! [`DeviceParams`] as the kernel's struct and back, and the comparison of what was asked with what
+//! was taken.
 
 use super::params::{DeviceParams, Discard, SECTOR, SegmentLimits};
 use crate::error::{Error, ErrorKind, Result};
@@ -70,8 +71,9 @@ impl DeviceParams {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidParameter`] where another server set what this library would not: then the raw struct of
-    /// [`Control::get_raw_params`](super::Control::get_raw_params) is the place to look.
+    /// [`ErrorKind::InvalidParameter`] where another server set what this library would not: then
+    /// the raw struct of [`Control::get_raw_params`](super::Control::get_raw_params) is the place
+    /// to look.
     pub fn from_uapi(params: &ublk_params, info: &ublksrv_ctrl_dev_info) -> Result<Self> {
         let basic = &params.basic;
         let has = |section| params.types & section != 0;
@@ -122,7 +124,8 @@ impl DeviceParams {
     }
 }
 
-/// Whether the driver took what it was given: it masks sections that it does not know and reports success.
+/// Whether the driver took what it was given: it masks sections that it does not know and reports
+/// success.
 ///
 /// # Errors
 ///

@@ -1,11 +1,12 @@
 //! Control threads: each has a ring and at most one command in flight.
 //!
-//! io_uring ties a command to the thread that entered it, and STOP_DEV and DEL_DEV cannot be taken back from the
-//! kernel: a thread that submitted one waits as long as the kernel likes. So commands never run on the caller's
-//! thread, a command finds a thread of its own however many are stuck, and a caller that stops waiting leaves its
-//! thread behind, which ends with the command.
+//! io_uring ties a command to the thread that entered it, and STOP_DEV and DEL_DEV cannot be taken
+//! back from the kernel: a thread that submitted one waits as long as the kernel likes. So commands
+//! never run on the caller's thread, a command finds a thread of its own however many are stuck,
+//! and a caller that stops waiting leaves its thread behind, which ends with the command.
 //!
-//! Idle threads are used again and end themselves after [`IDLE`]; dropping the pool ends them at once.
+//! Idle threads are used again and end themselves after [`IDLE`]; dropping the pool ends them at
+//! once.
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
@@ -112,7 +113,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Wake for Job {
     fn wake(&self) {
-        // With the lock, so that it cannot fall between the waiter's look at the token and its sleep.
+        // With the lock, so that it cannot fall between the waiter's look at the token and its
+        // sleep.
         let _state = lock(&self.state);
         self.changed.notify_all();
     }
@@ -128,8 +130,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Forked`] in a forked child, [`ErrorKind::TimedOut`] or [`ErrorKind::Cancelled`] if the wait ends first, and whatever
-    /// keeps a thread or ring from being made. An errno of the kernel is not an error here.
+    /// [`ErrorKind::Forked`] in a forked child, [`ErrorKind::TimedOut`] or [`ErrorKind::Cancelled`]
+    /// if the wait ends first, and whatever keeps a thread or ring from being made. An errno of the
+    /// kernel is not an error here.
     pub(crate) fn run(&self, work: Work, wait: &Wait) -> Result<Answer> {
         let command = work.command;
         let device = device_of(&work);
@@ -408,8 +411,9 @@ impl Job {
     }
 }
 
-/// Whether the driver sleeps interruptibly in the command, so that a cancel takes it back without a trace. STOP_DEV
-/// does not (it drains the disk), and an interrupted DEL_DEV has deleted but not waited.
+/// Whether the driver sleeps interruptibly in the command, so that a cancel takes it back without a
+/// trace. STOP_DEV does not (it drains the disk), and an interrupted DEL_DEV has deleted but not
+/// waited.
 fn is_interruptible(command: ControlCommand) -> bool {
     matches!(
         command,

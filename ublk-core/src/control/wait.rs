@@ -77,7 +77,8 @@ pub(crate) trait Wake: Send + Sync {
 
 /// Ends waits from another thread, at once and for good.
 ///
-/// Clones are the same token. Cancelling is idempotent; a wait that starts afterwards ends immediately.
+/// Clones are the same token. Cancelling is idempotent; a wait that starts afterwards ends
+/// immediately.
 #[derive(Clone, Default)]
 pub struct CancelToken(Arc<Token>);
 

@@ -34,7 +34,8 @@ assert_layout!(ublk_batch_io: 16, align 8 {
 });
 plain!(ublk_batch_io { q_id, flags, nr_elem, elem_bytes, reserved, reserved2 });
 
-/// The fields that every element has; a `u64` buffer address and a `u64` zone LBA follow where the batch's flags say so.
+/// The fields that every element has; a `u64` buffer address and a `u64` zone LBA follow where the
+/// batch's flags say so.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(non_camel_case_types)]

@@ -1,8 +1,9 @@
 //! Kernel structs as bytes and back.
 //!
-//! The invariant of this module: a type is [`Plain`] only if it is `repr(C)` and each byte of it belongs to an
-//! integer, so that no byte is uninitialised and every bit pattern is a value. Outside of the integers
-//! below, the `plain!` macro is the only way to become one, and it makes the compiler check both.
+//! The invariant of this module: a type is [`Plain`] only if it is `repr(C)` and each byte of it
+//! belongs to an integer, so that no byte is uninitialised and every bit pattern is a value.
+//! Outside of the integers below, the `plain!` macro is the only way to become one, and it makes
+//! the compiler check both.
 
 pub(crate) mod sealed {
     /// Keeps [`super::Plain`] to this crate.
@@ -20,7 +21,8 @@ pub unsafe trait Plain: Copy + Default + sealed::Sealed + 'static {}
 macro_rules! plain_integers {
     ($($ty:ty),*) => {$(
         impl sealed::Sealed for $ty {}
-        // SAFETY: an integer, or an array of bytes or of one u64, has no padding and no invalid value.
+        // SAFETY: an integer, or an array of bytes or of one u64, has no padding and no invalid
+        // value.
         unsafe impl Plain for $ty {}
     )*};
 }
@@ -31,8 +33,8 @@ pub(crate) const fn plain_field<S, T: Plain>(_: fn(&S) -> &T) -> usize {
     size_of::<T>()
 }
 
-/// Declares a `repr(C)` struct to be [`Plain`]; does not compile if a field is missing from the list or
-/// not plain itself, or if there are bytes between the fields.
+/// Declares a `repr(C)` struct to be [`Plain`]; does not compile if a field is missing from the
+/// list or not plain itself, or if there are bytes between the fields.
 macro_rules! plain {
     ($name:ident { $($field:ident),* $(,)? }) => {
         const _: () = {
@@ -49,19 +51,20 @@ pub(crate) use plain;
 
 /// The bytes of a value.
 pub fn bytes_of<T: Plain>(value: &T) -> &[u8] {
-    // SAFETY: `value` is valid for reads of its size, all of whose bytes `Plain` promises to be initialised, and is
-    // borrowed, hence not written, for as long as the slice lives.
+    // SAFETY: `value` is valid for reads of its size, all of whose bytes `Plain` promises to be
+    // initialised, and is borrowed, hence not written, for as long as the slice lives.
     unsafe { core::slice::from_raw_parts((value as *const T).cast(), size_of::<T>()) }
 }
 
 /// The bytes of a value, to be overwritten.
 pub fn bytes_of_mut<T: Plain>(value: &mut T) -> &mut [u8] {
-    // SAFETY: as in `bytes_of`, the borrow is exclusive, and whatever is written is a value by `Plain`.
+    // SAFETY: as in `bytes_of`, the borrow is exclusive, and whatever is written is a value by
+    // `Plain`.
     unsafe { core::slice::from_raw_parts_mut((value as *mut T).cast(), size_of::<T>()) }
 }
 
-/// The value that `bytes` begins with, wherever it lies; bytes that are missing count as zero, as they
-/// do for a kernel that knows a shorter struct.
+/// The value that `bytes` begins with, wherever it lies; bytes that are missing count as zero, as
+/// they do for a kernel that knows a shorter struct.
 pub fn from_prefix<T: Plain>(bytes: &[u8]) -> T {
     let mut value = T::default();
     let room = bytes_of_mut(&mut value);

@@ -1,8 +1,8 @@
 //! Command numbers: what goes into `cmd_op` of an `IORING_OP_URING_CMD`.
 //!
-//! Every command since 6.4 is encoded as an ioctl; the bare numbers are the encoding of older drivers, which
-//! newer ones accept while built with `CONFIG_BLKDEV_UBLK_LEGACY_OPCODES`. Commands added since have no
-//! bare number.
+//! Every command since 6.4 is encoded as an ioctl; the bare numbers are the encoding of older
+//! drivers, which newer ones accept while built with `CONFIG_BLKDEV_UBLK_LEGACY_OPCODES`. Commands
+//! added since have no bare number.
 
 use super::{ublk_batch_io, ublksrv_ctrl_cmd, ublksrv_io_cmd};
 

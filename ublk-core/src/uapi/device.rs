@@ -1,4 +1,5 @@
-//! What describes a device: the payload of control commands and the answer of ADD_DEV and GET_DEV_INFO.
+//! What describes a device: the payload of control commands and the answer of ADD_DEV and
+//! GET_DEV_INFO.
 
 use super::assert_layout;
 use super::bytes::plain;

@@ -1,4 +1,5 @@
-//! Requests and their commands: the descriptor that the kernel writes and the command that the server sends.
+//! Requests and their commands: the descriptor that the kernel writes and the command that the
+//! server sends.
 
 use super::assert_layout;
 use super::bytes::plain;
@@ -37,8 +38,8 @@ pub const UBLK_IO_OP_ZONE_RESET: u32 = 15;
 /// Fill the buffer with [`super::blk_zone`] structs.
 pub const UBLK_IO_OP_REPORT_ZONES: u32 = 18;
 
-// The flags are bits of the whole `op_flags` word; the header's own ublksrv_get_flags() shifts the word and does
-// not match them.
+// The flags are bits of the whole `op_flags` word; the header's own ublksrv_get_flags() shifts the
+// word and does not match them.
 /// Do not retry device errors.
 pub const UBLK_IO_F_FAILFAST_DEV: u32 = 1 << 8;
 /// Do not retry transport errors.
@@ -67,7 +68,8 @@ pub const UBLK_IO_F_SHMEM_ZC: u32 = 1 << 19;
 pub struct ublksrv_io_desc {
     /// `UBLK_IO_OP_*` in bits 0 to 7, `UBLK_IO_F_*` in the others.
     pub op_flags: u32,
-    /// Length in 512-byte sectors; for REPORT_ZONES a number of zones (`nr_zones` in the kernel's union).
+    /// Length in 512-byte sectors; for REPORT_ZONES a number of zones (`nr_zones` in the kernel's
+    /// union).
     pub nr_sectors: u32,
     /// Start in 512-byte sectors.
     pub start_sector: u64,
@@ -111,7 +113,8 @@ pub struct ublksrv_io_cmd {
 assert_layout!(ublksrv_io_cmd: 16, align 8 { q_id @ 0, tag @ 2, result @ 4, addr @ 8 });
 plain!(ublksrv_io_cmd { q_id, tag, result, addr });
 
-/// If automatic registration fails, deliver the request with [`UBLK_IO_F_NEED_REG_BUF`] and do not fail it.
+/// If automatic registration fails, deliver the request with [`UBLK_IO_F_NEED_REG_BUF`] and do not
+/// fail it.
 pub const UBLK_AUTO_BUF_REG_FALLBACK: u8 = 1 << 0;
 /// Every flag of [`ublk_auto_buf_reg`].
 pub const UBLK_AUTO_BUF_REG_F_MASK: u8 = UBLK_AUTO_BUF_REG_FALLBACK;

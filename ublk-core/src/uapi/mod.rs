@@ -1,9 +1,11 @@
-//! The kernel's userspace interface of ublk, one to one with `include/uapi/linux/ublk_cmd.h` of Linux 7.3.
+//! The kernel's userspace interface of ublk, one to one with `include/uapi/linux/ublk_cmd.h` of
+//! Linux 7.3.
 //!
-//! Names are the kernel's, so that a search for one finds both sides. Structs are `repr(C)` plain integers
-//! without padding bytes, which [`bytes`] relies on; sizes and offsets are asserted when this compiles,
-//! and `tests/uapi_header.rs` compares every size, offset and constant with the real header.
-//! Nothing here has behaviour: what the fields mean together is the business of `control` and `worker`.
+//! Names are the kernel's, so that a search for one finds both sides. Structs are `repr(C)` plain
+//! integers without padding bytes, which [`bytes`] relies on; sizes and offsets are asserted when
+//! this compiles, and `tests/uapi_header.rs` compares every size, offset and constant with the real
+//! header. Nothing here has behaviour: what the fields mean together is the business of `control`
+//! and `worker`.
 
 mod batch;
 pub mod bytes;

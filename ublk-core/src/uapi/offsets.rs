@@ -2,9 +2,9 @@
 
 /// Where the descriptors of queue 0 are mapped from.
 ///
-/// Queue `q` begins `q` × round_up([`UBLK_MAX_QUEUE_DEPTH`] × descriptor size, page) further: the stride is that of
-/// the deepest queue, whatever the device's depth (`ublk_ch_mmap`). The kernel divides the offset, so that a
-/// smaller stride maps queue 0 without an error.
+/// Queue `q` begins `q` × round_up([`UBLK_MAX_QUEUE_DEPTH`] × descriptor size, page) further: the
+/// stride is that of the deepest queue, whatever the device's depth (`ublk_ch_mmap`). The kernel
+/// divides the offset, so that a smaller stride maps queue 0 without an error.
 pub const UBLKSRV_CMD_BUF_OFFSET: u64 = 0;
 /// Where request data begins.
 pub const UBLKSRV_IO_BUF_OFFSET: u64 = 0x8000_0000;

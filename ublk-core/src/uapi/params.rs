@@ -29,7 +29,8 @@ pub struct ublk_param_basic {
     pub io_min_shift: u8,
     /// Largest request in 512-byte sectors.
     pub max_sectors: u32,
-    /// A boundary in 512-byte sectors that no request crosses, 0 for none; a zoned disk's zone size.
+    /// A boundary in 512-byte sectors that no request crosses, 0 for none; a zoned disk's zone
+    /// size.
     pub chunk_sectors: u32,
     /// Capacity in 512-byte sectors.
     pub dev_sectors: u64,
@@ -247,8 +248,8 @@ pub struct ublk_params {
     pub zoned: ublk_param_zoned,
     /// Memory alignment.
     pub dma: ublk_param_dma_align,
-    /// Zero. The compiler's gap before `seg` in C, made a field so that none of the bytes that the kernel
-    /// copies is uninitialised.
+    /// Zero. The compiler's gap before `seg` in C, made a field so that none of the bytes that the
+    /// kernel copies is uninitialised.
     pub hole: u32,
     /// Memory segments.
     pub seg: ublk_param_segment,

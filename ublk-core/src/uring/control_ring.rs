@@ -48,7 +48,8 @@ impl ControlRing {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::IoUringDisabled`] where the system forbids rings, [`ErrorKind::TooMany`] at a limit of files or memory.
+    /// [`ErrorKind::IoUringDisabled`] where the system forbids rings, [`ErrorKind::TooMany`] at a
+    /// limit of files or memory.
     pub(crate) fn new() -> Result<Self> {
         let ring =
             Listed::make(|| IoUring::<squeue::Entry128>::builder().dontfork().build(ENTRIES))
@@ -62,8 +63,9 @@ impl ControlRing {
         Arc::clone(&self.wake)
     }
 
-    /// Queues a command on the file `control`. `memory` becomes what its address names: `header.addr` and `header.len` are
-    /// set from it here. `control` has to stay open until the command came back.
+    /// Queues a command on the file `control`. `memory` becomes what its address names:
+    /// `header.addr` and `header.len` are set from it here. `control` has to stay open until the
+    /// command came back.
     ///
     /// # Panics
     ///
@@ -88,8 +90,8 @@ impl ControlRing {
         self.push(entry.user_data(COMMAND));
     }
 
-    /// Asks the kernel to give the command back early. Only commands that sleep interruptibly obey, with
-    /// `EINTR`, or `ECANCELED` if they had not begun.
+    /// Asks the kernel to give the command back early. Only commands that sleep interruptibly obey,
+    /// with `EINTR`, or `ECANCELED` if they had not begun.
     pub(crate) fn cancel(&mut self) {
         if self.in_flight.is_some() && self.take_spare() {
             let entry = opcode::AsyncCancel::new(COMMAND).build().user_data(CANCEL);
@@ -159,17 +161,18 @@ impl ControlRing {
     /// Takes the signal that the poll announced, so that the next poll waits for a new one.
     fn drain_wake(&self) {
         let mut count = 0u64;
-        // SAFETY: the pointer is to 8 writable bytes. The read does not block: the poll said that the counter
-        // is not zero, and this thread is its only reader.
+        // SAFETY: the pointer is to 8 writable bytes. The read does not block: the poll said that
+        // the counter is not zero, and this thread is its only reader.
         unsafe { libc::read(self.wake.as_raw_fd(), (&raw mut count).cast(), 8) };
     }
 
     fn push(&mut self, entry: squeue::Entry128) {
-        // SAFETY: of the three kinds of entries, poll and cancel name no memory; a command's memory is owned by
-        // `in_flight` until its completion and leaked by `drop` if that never comes. The files are open: the
-        // event is ours, and `start` demands it of the other.
+        // SAFETY: of the three kinds of entries, poll and cancel name no memory; a command's memory
+        // is owned by `in_flight` until its completion and leaked by `drop` if that never comes.
+        // The files are open: the event is ours, and `start` demands it of the other.
         let pushed = unsafe { self.ring.submission().push(&entry) };
-        // Entries are submitted before anything waits, and fewer are queued between two waits than fit.
+        // Entries are submitted before anything waits, and fewer are queued between two waits than
+        // fit.
         assert!(pushed.is_ok(), "the submission queue has room");
     }
 }

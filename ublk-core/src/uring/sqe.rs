@@ -1,10 +1,10 @@
 //! Submission queue entries for every ublk command.
 //!
-//! A command is the file (`/dev/ublk-control` or `/dev/ublkcN`), a number (`cmd_op`, SQE bytes 8 to 11) and a struct at
-//! byte 48: 32 bytes for control, which needs 128-byte entries, 16 for I/O. The driver reads nothing else of
-//! the entry, save `addr` with automatic buffer registration and in batch commands; in particular it never
-//! reads `len`. Batch commands, whose fetch needs the multishot flag that the `io-uring` crate lacks, get a
-//! file of their own beside this one.
+//! A command is the file (`/dev/ublk-control` or `/dev/ublkcN`), a number (`cmd_op`, SQE bytes 8 to
+//! 11) and a struct at byte 48: 32 bytes for control, which needs 128-byte entries, 16 for I/O. The
+//! driver reads nothing else of the entry, save `addr` with automatic buffer registration and in
+//! batch commands; in particular it never reads `len`. Batch commands, whose fetch needs the
+//! multishot flag that the `io-uring` crate lacks, get a file of their own beside this one.
 
 use std::os::fd::RawFd;
 
@@ -18,12 +18,14 @@ pub enum Encoding {
     /// As ioctl numbers: every driver since Linux 6.4.
     #[default]
     Ioctl,
-    /// As bare numbers: drivers before 6.4, and later ones built with `CONFIG_BLKDEV_UBLK_LEGACY_OPCODES`. Commands
-    /// that are younger than the ioctl numbers have no bare one and are sent as ioctl.
+    /// As bare numbers: drivers before 6.4, and later ones built with
+    /// `CONFIG_BLKDEV_UBLK_LEGACY_OPCODES`. Commands that are younger than the ioctl numbers have
+    /// no bare one and are sent as ioctl.
     Legacy,
 }
 
 /// The file that a command goes to.
+#[allow(dead_code, reason = "the data paths other than copying come with their own strategies")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Target {
     /// A file descriptor.
@@ -99,6 +101,7 @@ pub(crate) fn control(
 }
 
 /// What travels in the address field of a fetch or commit.
+#[allow(dead_code, reason = "the data paths other than copying come with their own strategies")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TagBuffer {
     /// None: user copy, zero copy, or a buffer that NEED_GET_DATA names later.
@@ -118,6 +121,7 @@ pub(crate) struct IoCommands {
     encoding: Encoding,
 }
 
+#[allow(dead_code, reason = "the data paths other than copying come with their own strategies")]
 impl IoCommands {
     pub(crate) const fn new(target: Target, encoding: Encoding) -> Self {
         IoCommands { target, encoding }
@@ -196,11 +200,12 @@ mod tests {
     use super::*;
     use crate::uapi::bytes::from_prefix;
 
-    // An entry is a repr(C) struct around the kernel's, whose Debug shows the fields but not the bytes.
+    // An entry is a repr(C) struct around the kernel's, whose Debug shows the fields but not the
+    // bytes.
     fn raw<const N: usize, E>(entry: &E) -> [u8; N] {
         assert_eq!(size_of::<E>(), N);
-        // SAFETY: `entry` is `N` bytes long, and the crate builds it from a zeroed struct, so that all are
-        // initialised.
+        // SAFETY: `entry` is `N` bytes long, and the crate builds it from a zeroed struct, so that
+        // all are initialised.
         unsafe { std::ptr::from_ref(entry).cast::<[u8; N]>().read() }
     }
 
