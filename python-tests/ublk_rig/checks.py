@@ -101,7 +101,7 @@ def host() -> list[Check]:
     return [
         Check(
             "host tests and the probe of ublk_cmd.h",
-            ["cargo", "test", "--quiet", "--workspace"],
+            ["cargo", "test", "--quiet", "--workspace", "--features", "ublk-core/header-test"],
             {"UBLK_UAPI_INCLUDE": include},
         ),
         Check("loom", LOOM, _loom_env(), absent=_no_loom),
