@@ -86,7 +86,8 @@ impl fmt::Debug for RequestFlags {
             (self.meta(), "META"),
             (self.swap(), "SWAP"),
         ];
-        let names: Vec<_> = names.into_iter().filter_map(|(set, name)| set.then_some(name)).collect();
+        let names: Vec<_> =
+            names.into_iter().filter_map(|(set, name)| set.then_some(name)).collect();
         write!(f, "RequestFlags({})", names.join("|"))
     }
 }
@@ -94,7 +95,9 @@ impl fmt::Debug for RequestFlags {
 /// The request had been revoked when it was completed, or its worker is gone: the client has another
 /// answer already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the request is gone (device {device}, queue {queue}, tag {tag}): it was revoked, or its device has ended")]
+#[error(
+    "the request is gone (device {device}, queue {queue}, tag {tag}): it was revoked, or its device has ended"
+)]
 pub struct Gone {
     /// The device's id.
     pub device: u32,

@@ -301,9 +301,11 @@ impl Builder {
         };
         let caps = self.capabilities;
         if caps.contains(Capabilities::FUA) && !caps.contains(Capabilities::FLUSH) {
-            return invalid("a backend with FUA needs FLUSH: the kernel knows FUA only on a disk with a \
+            return invalid(
+                "a backend with FUA needs FLUSH: the kernel knows FUA only on a disk with a \
                             volatile cache"
-                .into());
+                    .into(),
+            );
         }
         if self.threads > 1024 {
             return invalid(format!("{} threads are more than 1024", self.threads));
@@ -349,9 +351,7 @@ impl Builder {
             let most = Discard::granules_of(block).max_bytes;
             params = params.max_write_zeroes_bytes(self.max_write_zeroes.unwrap_or(most));
         } else if self.max_write_zeroes.is_some() {
-            return invalid(
-                "a limit of writes of zeroes is for a backend that takes them".into(),
-            );
+            return invalid("a limit of writes of zeroes is for a backend that takes them".into());
         }
         let params = params.build()?;
         let mut features = self.features;
@@ -366,6 +366,7 @@ impl Builder {
     ///
     /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`] before anything exists, and what
     /// [`Control::add_dev`] reports.
+    #[allow(clippy::should_implement_trait)] // ADD_DEV: nobody takes it for arithmetic
     pub fn add(self, control: &Control) -> Result<Added> {
         let plan = self.plan()?;
         Added::new(self, plan, control.clone())

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams};
 use crate::error::{Error, ErrorKind, Result};
-use crate::sys::{fork, thread};
 use crate::sys::fork::OwnFd;
+use crate::sys::{fork, thread};
 use crate::worker::meter::Meter;
 use crate::worker::pool::WorkerHandle;
 use crate::worker::queue::Events;
@@ -165,7 +165,8 @@ impl Life {
     /// Whether every queue's first fetches are with the kernel, or something failed.
     pub(super) fn wait_fetched(&self, deadline: Instant) -> Result<()> {
         let queues = self.info.queues;
-        let in_time = self.wait_until(Some(deadline), |s| s.fetched == queues || s.failure.is_some());
+        let in_time =
+            self.wait_until(Some(deadline), |s| s.fetched == queues || s.failure.is_some());
         if let Some(error) = self.failure() {
             return Err(error);
         }

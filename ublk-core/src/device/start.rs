@@ -53,8 +53,7 @@ impl Drop for Delete {
 impl Added {
     pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
         let info = control.add_dev(&plan.add)?;
-        let mut guard =
-            Delete { control, info, generation: fork::generation(), armed: true };
+        let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
         // The driver clamps the queues: what is served is what it says.
         let params = plan.params.to_builder().queues(guard.info.queues).build()?;
         guard.info.capacity = Some(params.capacity());

@@ -53,14 +53,14 @@ impl Life {
         };
         let mut leftovers = Vec::new();
         if ours {
-            if manner == Manner::Polite {
-                if let Err(error) = self.stop_when_free(deadline) {
-                    self.lock().phase = Phase::Live;
-                    self.changed.notify_all();
-                    // What ended meanwhile was taken for a part of this stop.
-                    self.notice_end();
-                    return Err(error);
-                }
+            if manner == Manner::Polite
+                && let Err(error) = self.stop_when_free(deadline)
+            {
+                self.lock().phase = Phase::Live;
+                self.changed.notify_all();
+                // What ended meanwhile was taken for a part of this stop.
+                self.notice_end();
+                return Err(error);
             }
             self.remove_disk(deadline, &mut leftovers);
             self.release(&mut leftovers);
@@ -110,7 +110,9 @@ impl Life {
                 return Err(Error::new(ErrorKind::Busy, "stop the device")
                     .on_device(id)
                     .because(list.join("; "))
-                    .remedy_is("unmount or close it first, or use stop_force to pull it from under them")
+                    .remedy_is(
+                        "unmount or close it first, or use stop_force to pull it from under them",
+                    )
                     .with_holders(holders));
             }
             watch.wait(Some(deadline.saturating_duration_since(Instant::now())));

@@ -49,14 +49,7 @@ impl Region {
         // SAFETY: a new anonymous mapping at an address that the kernel chooses; no memory of ours is
         // touched.
         let start = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ | libc::PROT_WRITE,
-                flags,
-                -1,
-                0,
-            )
+            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
         };
         if start == libc::MAP_FAILED {
             return Err(Errno::last());
@@ -64,11 +57,7 @@ impl Region {
         let Some(start) = NonNull::new(start.cast::<u8>()) else { return Err(Errno::ENOMEM) };
         let region = Region { start, len };
         region.advise(libc::MADV_WIPEONFORK);
-        region.advise(if backing.huge_pages {
-            libc::MADV_HUGEPAGE
-        } else {
-            libc::MADV_NOHUGEPAGE
-        });
+        region.advise(if backing.huge_pages { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
         Ok(region)
     }
 

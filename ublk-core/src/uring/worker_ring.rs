@@ -114,9 +114,8 @@ impl WorkerRing {
         // queue.
         let flags = EnterFlags::GETEVENTS.bits();
         // SAFETY: no argument structure is passed; the entries' validity is `push`'s contract.
-        let entered = unsafe {
-            self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None)
-        };
+        let entered =
+            unsafe { self.ring.submitter().enter::<libc::sigset_t>(queued, want, flags, None) };
         match entered.map_err(Errno::from) {
             Ok(_) => Ok(()),
             // EBUSY: completions wait for room, which the caller is about to make. EAGAIN: no memory for a

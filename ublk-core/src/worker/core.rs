@@ -213,8 +213,9 @@ impl Core {
         let commands = PerTag::new(queue, index, start.encoding);
         let queue = Queue::new(key, commands, start, &self.mailbox);
         for slot in queue.slots() {
-            let entry =
-                commands.fetch(slot).user_data(Token::Command { key, tag: slot.place().tag }.encode());
+            let entry = commands
+                .fetch(slot)
+                .user_data(Token::Command { key, tag: slot.place().tag }.encode());
             // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
             unsafe { self.push(entry) };
         }
@@ -281,8 +282,7 @@ impl Core {
         let place = slot.place();
         let Some(queue) = self.queue(place.key) else { return };
         if let Some(entry) = queue.settle(slot, now) {
-            let entry =
-                entry.user_data(Token::Command { key: place.key, tag: place.tag }.encode());
+            let entry = entry.user_data(Token::Command { key: place.key, tag: place.tag }.encode());
             // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
             unsafe { self.push(entry) };
         }
@@ -372,9 +372,11 @@ impl Core {
                             harvest.ended.push(key);
                         }
                     }
-                    Arrived::Rejected(errno) => again.extend(queue.rejected(tag, errno).map(
-                        |entry| entry.user_data(Token::Command { key, tag }.encode()),
-                    )),
+                    Arrived::Rejected(errno) => again.extend(
+                        queue
+                            .rejected(tag, errno)
+                            .map(|entry| entry.user_data(Token::Command { key, tag }.encode())),
+                    ),
                 }
             }
             Some(Token::Bell) => *bell_armed = false,
@@ -408,7 +410,8 @@ impl Core {
         }
         let mut active = false;
         for queue in self.queues.iter_mut().flatten() {
-            active |= if timer_fired { queue.give_back_if_idle() } else { queue.has_touched_memory() };
+            active |=
+                if timer_fired { queue.give_back_if_idle() } else { queue.has_touched_memory() };
         }
         if active {
             self.arm_idle_timer();
@@ -430,8 +433,7 @@ impl Core {
     pub(crate) fn drain(&mut self, harvest: &mut Harvest, limit: Duration) {
         let deadline = Instant::now() + limit;
         self.closing = true;
-        let mut pending: Vec<_> =
-            self.operations.all_in_flight().map(Token::Operation).collect();
+        let mut pending: Vec<_> = self.operations.all_in_flight().map(Token::Operation).collect();
         pending.extend(self.bell_armed.then_some(Token::Bell));
         pending.extend(self.idle_armed.then_some(Token::Idle));
         for token in pending {
@@ -452,10 +454,8 @@ impl Drop for Core {
             // The kernel cancels these reads some time after the ring is closed: 8 and 16 bytes are left to
             // it for good.
             std::mem::forget(std::mem::take(&mut self.bell));
-            let timer = std::mem::replace(
-                &mut self.idle_after,
-                Box::new(io_uring::types::Timespec::new()),
-            );
+            let timer =
+                std::mem::replace(&mut self.idle_after, Box::new(io_uring::types::Timespec::new()));
             std::mem::forget(timer);
         }
         for queue in self.queues.drain(..).flatten() {

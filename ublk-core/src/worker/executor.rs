@@ -40,7 +40,6 @@ impl Wake for TaskNode {
 }
 
 struct Place {
-    node: Arc<TaskNode>,
     waker: Waker,
     task: Option<(u32, Task)>,
 }
@@ -78,8 +77,8 @@ impl Executor {
                     link: Link::new(),
                     mailbox: Arc::clone(&self.mailbox),
                 });
-                let waker = Waker::from(Arc::clone(&node));
-                self.places.push(Place { node, waker, task: None });
+                let waker = Waker::from(node);
+                self.places.push(Place { waker, task: None });
                 index
             }
         };
@@ -133,10 +132,9 @@ impl Executor {
         }
     }
 
-    /// The node of a task, for models.
     #[cfg(test)]
-    pub(crate) fn node(&self, index: usize) -> Arc<TaskNode> {
-        Arc::clone(&self.places[index].node)
+    fn waker(&self, index: usize) -> Waker {
+        self.places[index].waker.clone()
     }
 }
 
@@ -163,7 +161,7 @@ mod tests {
         executor.run(|_| panic!("nobody panicked"));
         executor.run(|_| panic!("nobody panicked"));
         assert_eq!(polls.get(), 1);
-        let waker = Waker::from(executor.node(0));
+        let waker = executor.waker(0);
         for expected in [2, 3, 3] {
             let waker = waker.clone();
             std::thread::spawn(move || {

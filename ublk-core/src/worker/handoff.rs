@@ -365,8 +365,7 @@ mod tests {
                 shared.stack.drain(&mut got);
                 let theirs = other.join().unwrap();
                 shared.stack.drain(&mut got);
-                let queued =
-                    [&ours, &theirs].into_iter().filter(|p| **p == Push::Queued).count();
+                let queued = [&ours, &theirs].into_iter().filter(|p| **p == Push::Queued).count();
                 assert_eq!(got.len(), queued);
                 assert!(queued >= 1);
             });

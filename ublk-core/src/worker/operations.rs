@@ -23,6 +23,8 @@ pub(crate) enum Hold {
 
 pub(crate) struct Keep {
     pub(crate) hold: Hold,
+    /// Open until the completion: an entry that is still queued names it by number.
+    #[allow(dead_code, reason = "held, not read")]
     pub(crate) file: Option<Arc<OwnedFd>>,
 }
 
@@ -123,10 +125,10 @@ impl Operations {
         let mut done = Completed::default();
         let Some(Some(entry)) = self.entries.get_mut(index as usize) else { return done };
         self.in_flight -= 1;
-        if let Hold::Request(slot) = &entry.keep.hold {
-            if slot.end_operation() == 0 {
-                done.quiet = Some(Arc::clone(slot));
-            }
+        if let Hold::Request(slot) = &entry.keep.hold
+            && slot.end_operation() == 0
+        {
+            done.quiet = Some(Arc::clone(slot));
         }
         match std::mem::replace(&mut entry.state, State::Done(result)) {
             State::InFlight(waker) => done.wake = waker,
@@ -139,11 +141,10 @@ impl Operations {
     /// The operations in flight on a slot's buffer.
     pub(crate) fn on_slot<'a>(&'a self, slot: &'a Arc<Slot>) -> impl Iterator<Item = u32> + 'a {
         self.entries.iter().enumerate().filter_map(move |(index, entry)| match entry {
-            Some(Entry { state: State::InFlight(_) | State::Orphan, keep: Keep { hold: Hold::Request(s), .. } })
-                if Arc::ptr_eq(s, slot) =>
-            {
-                u32::try_from(index).ok()
-            }
+            Some(Entry {
+                state: State::InFlight(_) | State::Orphan,
+                keep: Keep { hold: Hold::Request(s), .. },
+            }) if Arc::ptr_eq(s, slot) => u32::try_from(index).ok(),
             _ => None,
         })
     }
@@ -151,7 +152,9 @@ impl Operations {
     /// Every operation in flight.
     pub(crate) fn all_in_flight(&self) -> impl Iterator<Item = u32> + '_ {
         self.entries.iter().enumerate().filter_map(|(index, entry)| match entry {
-            Some(Entry { state: State::InFlight(_) | State::Orphan, .. }) => u32::try_from(index).ok(),
+            Some(Entry { state: State::InFlight(_) | State::Orphan, .. }) => {
+                u32::try_from(index).ok()
+            }
             _ => None,
         })
     }

@@ -167,10 +167,10 @@ fn prepare(cpus: &[u32], size: Size, mailbox: &Arc<Mailbox>) -> Result<(Core, Ve
     let mut warnings = Vec::new();
     let allowed = thread::allowed_cpus();
     let cpus: Vec<u32> = cpus.iter().copied().filter(|cpu| allowed.contains(cpu)).collect();
-    if !cpus.is_empty() {
-        if let Err(errno) = thread::pin(&cpus) {
-            warnings.push(format!("a worker could not be pinned to its queue's CPUs: {errno}"));
-        }
+    if !cpus.is_empty()
+        && let Err(errno) = thread::pin(&cpus)
+    {
+        warnings.push(format!("a worker could not be pinned to its queue's CPUs: {errno}"));
     }
     if let Err(errno) = thread::set_io_flusher() {
         warnings.push(format!(

@@ -122,10 +122,6 @@ impl Queue {
         self.start.depth
     }
 
-    pub(crate) fn meter(&self) -> &Arc<Meter> {
-        &self.start.meter
-    }
-
     pub(crate) fn key(&self) -> u32 {
         self.key
     }
@@ -291,8 +287,11 @@ impl Queue {
         );
         let fetching = self.ops.get(usize::from(tag)).is_none_or(Option::is_none);
         if fetching || self.rejections > 1 {
-            let attempt =
-                if fetching { "fetch the first request" } else { "commit a request and fetch the next" };
+            let attempt = if fetching {
+                "fetch the first request"
+            } else {
+                "commit a request and fetch the next"
+            };
             self.fail(
                 Error::new(ErrorKind::Io, attempt)
                     .on_tag(tag)

@@ -134,8 +134,9 @@ impl Ring {
     ) -> (io::Result<usize>, B) {
         let mut buf = Box::new(buf);
         let len = u32::try_from(buf.len()).unwrap_or(MAX_TRANSFER);
-        let entry =
-            opcode::Read::new(fd(file), buf.start_mut(), len.min(MAX_TRANSFER)).offset(offset).build();
+        let entry = opcode::Read::new(fd(file), buf.start_mut(), len.min(MAX_TRANSFER))
+            .offset(offset)
+            .build();
         self.with_buffer(file, entry, buf).await
     }
 
@@ -202,7 +203,8 @@ impl Ring {
         offset: u64,
         len: u64,
     ) -> io::Result<()> {
-        self.plain(file, opcode::Fallocate::new(fd(file), len).offset(offset).mode(mode).build()).await
+        self.plain(file, opcode::Fallocate::new(fd(file), len).offset(offset).mode(mode).build())
+            .await
     }
 
     async fn plain(&self, file: &RingFile, entry: squeue::Entry) -> io::Result<()> {
@@ -262,8 +264,7 @@ impl Ring {
     ) -> io::Result<usize> {
         let (start, len) = part(request, Op::Write, &range)?;
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
-        let entry =
-            opcode::Write::new(fd(file), start, len).offset(offset).rw_flags(flags).build();
+        let entry = opcode::Write::new(fd(file), start, len).offset(offset).rw_flags(flags).build();
         self.with_request(file, entry, request).await.map(|n| n as usize)
     }
 
@@ -322,10 +323,7 @@ impl Future for Operation {
         match std::mem::replace(&mut this.state, State::Ended) {
             State::New(entry, keep) => {
                 let Some(mut core) = this.ring.shared.lock() else {
-                    return Poll::Ready((
-                        Err(io::Error::from_raw_os_error(libc::ECANCELED)),
-                        keep,
-                    ));
+                    return Poll::Ready((Err(io::Error::from_raw_os_error(libc::ECANCELED)), keep));
                 };
                 if !core.room_or_park(context.waker()) {
                     this.state = State::New(entry, keep);

@@ -27,9 +27,9 @@ fn answer<B: Backend>(backend: &B, mut request: Request) {
     let (offset, len, flags) = (request.offset(), request.len(), request.flags());
     let result = match request.op() {
         Op::Read => read_all(backend, request.data_mut(), offset),
-        Op::Write => write_all(request.data(), |data, done| {
-            backend.write(data, offset + done, flags)
-        }),
+        Op::Write => {
+            write_all(request.data(), |data, done| backend.write(data, offset + done, flags))
+        }
         Op::Flush => backend.flush(),
         Op::Discard => backend.discard(offset, len),
         Op::WriteZeroes => backend.write_zeroes(offset, len, flags),
@@ -165,15 +165,20 @@ impl Pool {
                     if backlog.closed {
                         return;
                     }
-                    backlog =
-                        self.arrived.wait(backlog).unwrap_or_else(PoisonError::into_inner);
+                    backlog = self.arrived.wait(backlog).unwrap_or_else(PoisonError::into_inner);
                 }
             };
             let (device, queue, tag) = (request.device(), request.queue(), request.tag());
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| answer(backend, request))) {
                 self.panics.fetch_add(1, Ordering::Relaxed);
                 let text = panic_text(&*panic);
-                tracing::error!(device, queue, tag, text, "the backend panicked: the client gets EIO");
+                tracing::error!(
+                    device,
+                    queue,
+                    tag,
+                    text,
+                    "the backend panicked: the client gets EIO"
+                );
             }
         }
     }

@@ -223,8 +223,7 @@ impl Worker {
         let place = (request.device(), request.queue(), request.tag());
         let mut context = QueueContext::new(ring, spawned);
         let handler = &mut served.handler;
-        if let Err(panic) =
-            catch_unwind(AssertUnwindSafe(|| handler.handle(request, &mut context)))
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| handler.handle(request, &mut context)))
         {
             served.meter.panics.add(1);
             let (device, queue, tag) = place;
