@@ -1,31 +1,41 @@
 //! A disk that keeps nothing: for measuring what everything else costs.
 
-use crate::backend::{Capabilities, QueueContext, QueueHandler};
+use std::io;
+
+use crate::backend::{Backend, Capabilities, QueueContext, QueueHandler};
 use crate::device::Builder;
 use crate::error::Errno;
-use crate::request::{Op, Request};
+use crate::request::{Op, Request, RequestFlags};
 
 /// Answers every request at once. Writes are forgotten, reads give zeroes.
 ///
 /// ```no_run
 /// use ublk_core::targets::Null;
 ///
-/// let disk = Null.builder(1 << 30).queues(2).start()?;
+/// let disk = Null::new().builder(1 << 30).queues(2).start()?;
 /// # Ok::<(), ublk_core::Error>(())
 /// ```
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Null;
 
 impl Null {
-    /// A disk of `size` bytes of it.
-    pub fn builder(self, size: u64) -> Builder {
-        let able = Capabilities::WRITE
-            | Capabilities::FLUSH
-            | Capabilities::FUA
-            | Capabilities::DISCARD
-            | Capabilities::WRITE_ZEROES;
-        Builder::with_handlers(size, able, |_queue| Null)
+    /// One like any other.
+    pub const fn new() -> Self {
+        Null
     }
+
+    /// A disk of `size` bytes of it, on the shortest way that there is.
+    pub fn builder(self, size: u64) -> Builder {
+        Builder::with_handlers(size, able(), |_queue| Null)
+    }
+}
+
+fn able() -> Capabilities {
+    Capabilities::WRITE
+        | Capabilities::FLUSH
+        | Capabilities::FUA
+        | Capabilities::DISCARD
+        | Capabilities::WRITE_ZEROES
 }
 
 impl QueueHandler for Null {
@@ -35,5 +45,28 @@ impl QueueHandler for Null {
         }
         // Gone: a stop was faster.
         let _ = request.complete(Ok::<(), Errno>(()));
+    }
+}
+
+/// For measuring what the way through [`Backend`] costs, with or without a pool of threads.
+impl Backend for Null {
+    fn capabilities(&self) -> Capabilities {
+        able()
+    }
+    fn read(&self, buf: &mut [u8], _: u64) -> io::Result<usize> {
+        // It arrives zeroed.
+        Ok(buf.len())
+    }
+    fn write(&self, data: &[u8], _: u64, _: RequestFlags) -> io::Result<usize> {
+        Ok(data.len())
+    }
+    fn flush(&self) -> io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: RequestFlags) -> io::Result<()> {
+        Ok(())
     }
 }
