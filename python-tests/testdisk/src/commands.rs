@@ -1,0 +1,161 @@
+//! The commands that a test sends while its disks are served: JSON, one object a line.
+//!
+//! ```text
+//! {"cmd": "start", "options": "key=value ..."}      more disks; {"ready": [...]}
+//! {"cmd": "stats"}                                  {"stats": {...}, "backend": {...}, "used": bytes}
+//! {"cmd": "stop", "within": s, "force": bool}       {"stopped": {...}} or {"error": ...}: then it goes on
+//! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `rules`
+//! {"cmd": "wait", "within": s}                      how it ended, if it has
+//! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
+//! {"cmd": "process"}                                threads, descriptors, mappings, memory
+//! {"cmd": "exit"}                                   stops all by force and ends; so does the end of stdin
+//! ```
+//!
+//! `"id"` says which disk; without it, the one that was started last.
+
+use std::io::BufRead;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::disks::{Disk, Disks};
+use crate::options::Options;
+use crate::report::{self, say};
+
+/// How long disks are given at the end.
+const LAST: Duration = Duration::from_secs(5);
+
+pub(crate) fn serve(options: &str) -> ExitCode {
+    let mut disks = Disks::default();
+    if options.is_empty() {
+        say(&json!({"ready": []}));
+    } else {
+        match disks.start(options) {
+            Ok(ready) => say(&ready),
+            Err(error) => {
+                say(&error);
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    // Not locked for good: a start that is held reads as well.
+    let mut line = String::new();
+    while std::io::stdin().lock().read_line(&mut line).is_ok_and(|n| n > 0) {
+        let command: Value = serde_json::from_str(&line).unwrap_or_default();
+        line.clear();
+        if command["cmd"] == "exit" {
+            break;
+        }
+        match obey(&mut disks, &command) {
+            Ok(answer) | Err(answer) => say(&answer),
+        }
+    }
+    let mut left = Vec::new();
+    for disk in disks.all.iter_mut() {
+        if let Some(running) = disk.running.take() {
+            match running.stop_force(LAST) {
+                Ok(stopped) => left.extend(stopped.leftovers),
+                Err(failed) => left.push(failed.error.to_string()),
+            }
+        }
+    }
+    say(&json!({"bye": true, "leftovers": left}));
+    ExitCode::SUCCESS
+}
+
+fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
+    match command["cmd"].as_str().unwrap_or("") {
+        "start" => disks.start(command["options"].as_str().unwrap_or("")),
+        "cycle" => cycle(disks, command),
+        "process" => Ok(report::process()),
+        "stats" => find(disks, command).map(|disk| stats(disk)),
+        "stop" => stop(find(disks, command)?, command),
+        "wait" => {
+            let ended = find(disks, command)?.device.wait_timeout(seconds(command));
+            let ended = ended.map_err(|e| report::error(&e))?;
+            Ok(json!({"ended": ended.map(|e| format!("{e:?}"))}))
+        }
+        "arm" => {
+            let rules = faulty(disks, command)?.rules();
+            rules.arm(command).map(|()| json!({})).map_err(report::wrong)
+        }
+        "heal" => {
+            faulty(disks, command)?.rules().heal();
+            Ok(json!({}))
+        }
+        "release" => {
+            let (answered, late) = faulty(disks, command)?.release();
+            Ok(json!({"answered": answered, "late": late}))
+        }
+        other => Err(report::wrong(format!("no command {other:?}"))),
+    }
+}
+
+fn seconds(command: &Value) -> Duration {
+    Duration::from_secs_f64(command["within"].as_f64().unwrap_or(10.0))
+}
+
+fn find<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a mut Disk, Value> {
+    let found = match command["id"].as_u64() {
+        // The last of that number: it may have been used again.
+        Some(id) => disks.all.iter_mut().rev().find(|d| u64::from(d.device.id()) == id),
+        None => disks.all.last_mut(),
+    };
+    found.ok_or_else(|| report::wrong("no such disk"))
+}
+
+fn faulty<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a crate::faulty::Faulty, Value> {
+    find(disks, command)?.faulty.as_ref().ok_or_else(|| report::wrong("it is no target=test"))
+}
+
+fn stats(disk: &Disk) -> Value {
+    json!({
+        "stats": report::stats(&disk.device.stats()),
+        "backend": disk.faulty.as_ref().map(|f| f.report()),
+        "used": disk.mem.as_ref().map(|m| m.used()),
+    })
+}
+
+fn stop(disk: &mut Disk, command: &Value) -> Result<Value, Value> {
+    let running = disk.running.take().ok_or_else(|| report::wrong("it was stopped already"))?;
+    let (within, began) = (seconds(command), Instant::now());
+    let stopped = match command["force"].as_bool() {
+        Some(true) => running.stop_force(within),
+        _ => running.stop(within),
+    };
+    let secs = began.elapsed().as_secs_f64();
+    match stopped {
+        Ok(stopped) => Ok(json!({
+            "stopped": {
+                "ending": format!("{:?}", stopped.ending),
+                "leftovers": stopped.leftovers,
+                "stats": report::stats(&stopped.stats),
+            },
+            "secs": secs,
+        })),
+        Err(failed) => {
+            disk.running = Some(failed.device);
+            let mut answer = report::error(&failed.error);
+            answer["secs"] = json!(secs);
+            Err(answer)
+        }
+    }
+}
+
+fn cycle(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
+    let words = command["options"].as_str().unwrap_or("");
+    let options = Options::parse(words).map_err(report::wrong)?;
+    let (times, began) = (command["times"].as_u64().unwrap_or(1), Instant::now());
+    for _ in 0..times {
+        let mut disk = disks.start_one(&options)?;
+        if let Some(running) = disk.running.take() {
+            let stopped = running.stop(seconds(command));
+            let stopped = stopped.map_err(|failed| report::error(&failed.error))?;
+            if !stopped.leftovers.is_empty() {
+                return Err(report::wrong(format!("leftovers: {:?}", stopped.leftovers)));
+            }
+        }
+    }
+    Ok(json!({"cycled": times, "secs": began.elapsed().as_secs_f64()}))
+}
