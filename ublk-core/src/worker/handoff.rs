@@ -4,15 +4,16 @@
 //! Any thread pushes, one thread (the worker) drains. A node is in at most one stack, at most once: its
 //! [`Link`] says whether it is queued, so pushing it again is refused and needs no allocation. The
 //! worker goes to sleep only after it announced so and then found the stack empty; a pusher looks at the
-//! announcement only after its push. All four steps are sequentially consistent, so that one of the two
-//! sees the other: no wake-up is lost. `tests::loom` explores every interleaving of that.
+//! announcement only after its push. A sequentially consistent fence stands between the two steps on
+//! either side, so that one of the two sees the other: no wake-up is lost. `tests::loom` explores every
+//! interleaving of that.
 
 use std::sync::Arc;
 
 #[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use loom::sync::atomic::{AtomicBool, AtomicPtr, Ordering, fence};
 #[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering, fence};
 
 /// A node's place in a [`Stack`].
 pub(crate) struct Link<T> {
@@ -80,16 +81,16 @@ impl<T: Linked> Stack<T> {
             }
             // SAFETY: as above, the count that `raw` stands for is still ours, so the node is alive.
             unsafe { &*raw }.link().next.store(head, Ordering::Relaxed);
-            match self.head.compare_exchange_weak(head, raw, Ordering::SeqCst, Ordering::Relaxed) {
+            match self.head.compare_exchange_weak(head, raw, Ordering::Release, Ordering::Relaxed) {
                 Ok(_) => return Push::Queued,
                 Err(seen) => head = seen,
             }
         }
     }
 
-    /// Whether nothing is queued. Part of going to sleep: sequentially consistent.
+    /// Whether nothing is queued. Says so reliably only after [`Doorbell::fall_asleep`].
     pub(crate) fn is_empty(&self) -> bool {
-        let head = self.head.load(Ordering::SeqCst);
+        let head = self.head.load(Ordering::Relaxed);
         head.is_null() || head == closed()
     }
 
@@ -147,7 +148,8 @@ impl Doorbell {
 
     /// The worker is about to sleep. It must look for work once more after this, before it does.
     pub(crate) fn fall_asleep(&self) {
-        self.asleep.store(true, Ordering::SeqCst);
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
     }
 
     /// The worker is awake.
@@ -159,7 +161,13 @@ impl Doorbell {
     /// After work was handed over: whether the caller is the one who has to wake the worker.
     #[must_use]
     pub(crate) fn must_ring(&self) -> bool {
-        self.asleep.load(Ordering::SeqCst) && self.asleep.swap(false, Ordering::SeqCst)
+        fence(Ordering::SeqCst);
+        // The load keeps the line shared while the worker is awake. Of several pushers one rings.
+        self.asleep.load(Ordering::Relaxed)
+            && self
+                .asleep
+                .compare_exchange(true, false, Ordering::Relaxed, Ordering::Relaxed)
+                .is_ok()
     }
 }
 

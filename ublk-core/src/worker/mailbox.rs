@@ -87,7 +87,7 @@ impl Mailbox {
                 Some(list) => list.push(message),
                 None => return Err(message),
             }
-            self.has_messages.store(true, Ordering::SeqCst);
+            self.has_messages.store(true, Ordering::Release);
         }
         self.ring();
         Ok(())
@@ -102,9 +102,10 @@ impl Mailbox {
     }
 
     pub(crate) fn take_messages(&self) -> Vec<Message> {
-        if !self.has_messages.swap(false, Ordering::SeqCst) {
+        if !self.has_messages.load(Ordering::Relaxed) {
             return Vec::new();
         }
+        self.has_messages.store(false, Ordering::Relaxed);
         let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
         messages.as_mut().map(std::mem::take).unwrap_or_default()
     }
@@ -114,7 +115,7 @@ impl Mailbox {
         self.bell.fall_asleep();
         self.finished.is_empty()
             && self.ready.is_empty()
-            && !self.has_messages.load(Ordering::SeqCst)
+            && !self.has_messages.load(Ordering::Relaxed)
     }
 
     pub(crate) fn awake(&self) {
