@@ -15,6 +15,12 @@ use crate::worker::pool::WorkerHandle;
 use crate::worker::queue::Events;
 use crate::worker::serve::Pool;
 
+/// The inode of the device's directory in sysfs, which no two devices have in one boot.
+pub(super) fn identity_of(id: u32) -> Option<u64> {
+    use std::os::unix::fs::MetadataExt;
+    Some(std::fs::metadata(format!("/sys/class/ublk-char/ublkc{id}")).ok()?.ino())
+}
+
 /// How a device ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -40,21 +46,25 @@ pub(super) struct State {
     pub(super) phase: Phase,
     /// Queues whose first fetches are with the kernel.
     fetched: u16,
+    /// Queues that their workers did not take.
+    refused: u16,
     /// Queues that the workers have let go of.
     ended: u16,
     /// Of these, those whose ring went away under them.
     lost: u16,
     /// The first thing that went wrong.
     failure: Option<Failure>,
+    /// A deletion was begun that succeeded, or may still.
+    pub(super) deleted: bool,
 }
 
 impl State {
-    pub(super) fn fetched(&self) -> u16 {
-        self.fetched
-    }
-
     pub(super) fn ended(&self) -> u16 {
         self.ended
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.failure.is_some()
     }
 }
 
@@ -86,6 +96,8 @@ pub(crate) struct Life {
     /// `/dev/ublkcN`, until the device ends. The rings hold it as well.
     pub(super) char_device: Mutex<Option<Arc<OwnFd>>>,
     pub(super) warnings: Mutex<Vec<String>>,
+    /// What tells the device from a later one with its number.
+    pub(super) identity: Option<u64>,
     /// A failed queue has set the takedown off.
     taking_down: AtomicBool,
     /// Ends the wait for START when something fails before.
@@ -105,6 +117,7 @@ impl Life {
         shared_workers: bool,
         char_device: OwnFd,
     ) -> Arc<Self> {
+        let identity = identity_of(info.id);
         Arc::new_cyclic(|this| Life {
             control,
             info,
@@ -114,9 +127,11 @@ impl Life {
             state: Mutex::new(State {
                 phase: Phase::Starting,
                 fetched: 0,
+                refused: 0,
                 ended: 0,
                 lost: 0,
                 failure: None,
+                deleted: false,
             }),
             changed: Condvar::new(),
             queues: std::sync::OnceLock::new(),
@@ -124,6 +139,7 @@ impl Life {
             shared_workers,
             char_device: Mutex::new(Some(Arc::new(char_device))),
             warnings: Mutex::new(Vec::new()),
+            identity,
             taking_down: AtomicBool::new(false),
             start: Mutex::new(None),
             this: Weak::clone(this),
@@ -181,7 +197,16 @@ impl Life {
     /// Whether every queue was let go of by its worker.
     pub(super) fn wait_released(&self, deadline: Instant) -> bool {
         let queues = self.queues().len();
-        self.wait_until(Some(deadline), |s| usize::from(s.ended) == queues)
+        self.wait_until(Some(deadline), |s| usize::from(s.ended + s.refused) >= queues)
+    }
+
+    /// Waits until every queue is with its worker, was refused by it, or went down with it: no first fetch
+    /// comes after this.
+    pub(super) fn wait_answered(&self, deadline: Instant) -> bool {
+        let queues = self.queues().len();
+        self.wait_until(Some(deadline), |s| {
+            usize::from(s.fetched + s.refused) >= queues || s.lost > 0
+        })
     }
 
     /// What went wrong, as an error of its own for each who asks.
@@ -255,8 +280,23 @@ impl Life {
         Ok(())
     }
 
+    /// Notes that somebody else ended the device. What it had is let go of now, also if its handles are
+    /// kept; the threads end by themselves.
+    pub(super) fn end_by_others(&self) {
+        tracing::info!(device = self.info.id, "the device was stopped by somebody else");
+        if !self.shared_workers {
+            for queue in self.queues() {
+                queue.worker.end();
+            }
+        }
+        if let Some(pool) = &self.pool {
+            pool.close();
+        }
+        self.set_ended(Ending::StoppedByOthers);
+    }
+
     /// Starts the thread that takes the device down after a failure.
-    fn set_takedown_off(&self) {
+    pub(super) fn set_takedown_off(&self) {
         if self.taking_down.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -273,7 +313,10 @@ impl Events for Life {
     fn fetched(&self, queue: u16, result: Result<()>) {
         match result {
             Ok(()) => self.lock().fetched += 1,
-            Err(error) => self.note_failure(&error.on_device(self.info.id).on_queue(queue)),
+            Err(error) => {
+                self.note_failure(&error.on_device(self.info.id).on_queue(queue));
+                self.lock().refused += 1;
+            }
         }
         self.changed.notify_all();
     }
@@ -297,11 +340,16 @@ impl Events for Life {
             all && state.phase == Phase::Live && state.failure.is_none()
         };
         if by_others {
-            tracing::info!(device = self.info.id, "the device was stopped by somebody else");
-            self.set_ended(Ending::StoppedByOthers);
+            self.end_by_others();
         }
         self.changed.notify_all();
     }
+}
+
+/// A time from now; far away if the clock cannot say it.
+pub(super) fn from_now(time: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(30 * 365 * 24 * 3600);
+    Instant::now() + time.min(FAR)
 }
 
 /// How long steps may take that no user's code has a part in.

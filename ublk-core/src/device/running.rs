@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::life::{Ending, Life, Phase};
+use super::life::{Ending, Life, Phase, from_now};
 use super::stats::{DeviceStats, QueueStats};
 use super::stop::Manner;
 use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
@@ -108,7 +108,7 @@ impl Device {
     ///
     /// As [`wait`](Self::wait).
     pub fn wait_timeout(&self, time: Duration) -> Result<Option<Ending>> {
-        self.wait_deadline(Some(Instant::now() + time))
+        self.wait_deadline(Some(from_now(time)))
     }
 
     fn wait_deadline(&self, deadline: Option<Instant>) -> Result<Option<Ending>> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::builder::{Builder, Plan};
-use super::life::{Life, PATIENCE, Phase, Queue};
+use super::life::{Life, PATIENCE, Phase, Queue, from_now};
 use super::running::Running;
 use crate::control::node_watch::Watch;
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, Wait};
@@ -88,7 +88,7 @@ impl Added {
                 .on_device(id)
                 .because("it was added by the process that this one was forked from"));
         }
-        let deadline = Instant::now() + self.builder.start_timeout;
+        let deadline = from_now(self.builder.start_timeout);
         let control = self.guard.control.clone();
         control.set_params(id, &self.params)?;
         let char_device = control.open_char_device(id, &Wait::until(deadline))?;
@@ -155,6 +155,8 @@ impl Added {
             state.phase = Phase::Live;
         }
         drop(state);
+        // Somebody may have stopped it in between.
+        life.notice_end();
         match life.failure() {
             Some(failure) => Err(failure),
             None => Ok(()),

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::life::{Ending, Life, PATIENCE, Phase};
+use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
 use crate::control::node_watch::Watch;
 use crate::control::{Features, Holder, Wait};
 use crate::error::{Error, ErrorKind, Result};
@@ -32,7 +32,7 @@ impl Life {
         const ATTEMPT: &str = "stop the device";
         self.check_process(ATTEMPT)?;
         self.check_thread(ATTEMPT)?;
-        let deadline = Instant::now() + within;
+        let deadline = from_now(within);
         let ours = loop {
             let mut state = self.lock();
             match state.phase {
@@ -79,8 +79,15 @@ impl Life {
         let id = self.info.id;
         let watch = Watch::on(Path::new("/dev"));
         loop {
+            if self.lock().has_failed() {
+                // Nobody can use it any more.
+                return Ok(());
+            }
+            // Also at the deadline the driver is asked, and given the time to say who holds the disk: an
+            // answer that did not come must not be taken for one.
+            let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
             let holders = if self.info.features.contains(Features::SAFE_STOP_DEV) {
-                match self.control.try_stop_dev(id, &Wait::until(deadline)) {
+                match self.control.try_stop_dev(id, &wait) {
                     // Ok, or gone already.
                     Ok(()) => return Ok(()),
                     Err(e) if e.kind() == ErrorKind::Busy => {
@@ -198,8 +205,16 @@ impl Life {
         }
     }
 
+    /// Deletes the device, once: the number may be somebody else's afterwards.
     fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
         let id = self.info.id;
+        if std::mem::replace(&mut self.lock().deleted, true) {
+            return;
+        }
+        if self.identity.is_some() && identity_of(id) != self.identity {
+            // Somebody else deleted it.
+            return;
+        }
         let wait = Wait::for_(PATIENCE);
         let deleted = match manner {
             Manner::Polite => self.control.del_dev(id, &wait),
@@ -214,18 +229,23 @@ impl Life {
         match deleted {
             Ok(()) => {}
             Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
-            Err(e) => leftovers.push(e.to_string()),
+            Err(e) => {
+                // The driver goes on with a command that timed out.
+                self.lock().deleted = e.kind() == ErrorKind::TimedOut;
+                leftovers.push(e.to_string());
+            }
         }
     }
 
     /// After a polite stop was given up: whether the device ended by itself meanwhile.
-    fn notice_end(&self) {
+    pub(super) fn notice_end(&self) {
         let all = {
             let state = self.lock();
-            usize::from(state.ended()) == self.queues().len() && state.phase == Phase::Live
+            let live = state.phase == Phase::Live && !state.has_failed();
+            live && usize::from(state.ended()) == self.queues().len()
         };
         if all {
-            self.set_ended(Ending::StoppedByOthers);
+            self.end_by_others();
         }
     }
 
@@ -233,21 +253,15 @@ impl Life {
     pub(super) fn undo_start(&self) {
         self.lock().phase = Phase::Ending;
         let mut leftovers = Vec::new();
-        // Ends the commands of tags that were fetched, also if there is no disk yet.
+        self.wait_answered(Instant::now() + PATIENCE);
+        // Ends the commands of tags that were fetched, also if there is no disk yet. The workers, which may
+        // serve other devices, live on.
         self.remove_disk(Instant::now() + PATIENCE, &mut leftovers);
-        if self.has_unattached_queues() {
-            // Their workers have nothing that could come home.
-            self.condemn(&mut leftovers);
-        }
         self.release(&mut leftovers);
         self.set_ended(Ending::Failed);
         for what in leftovers {
             tracing::warn!(device = self.info.id, "after a failed start: {what}");
         }
-    }
-
-    fn has_unattached_queues(&self) -> bool {
-        usize::from(self.lock().fetched()) < self.queues().len()
     }
 
     /// After a failure, on a thread of its own.
