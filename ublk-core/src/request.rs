@@ -183,6 +183,10 @@ impl Request {
         };
         // The worker refuses such a request before it gets here; all accesses below rest on this.
         assert!(!op.has_data() || len <= u64::from(request.slot().buffer().len()));
+        if op == Op::Write {
+            // The kernel has copied the data there.
+            request.slot().soil(len as u32);
+        }
         request
     }
 
@@ -255,6 +259,7 @@ impl Request {
         if len > 0 {
             self.assert_quiet();
             self.zero_gaps();
+            self.slot().soil(len as u32);
         }
         // SAFETY: as in `data`; unique, because `self` is borrowed mutably, is the only request of the
         // slot, and no ring operation is in flight on the memory.
@@ -269,6 +274,7 @@ impl Request {
     /// If the range does not fit, or for a ring operation in flight as in [`data_mut`](Self::data_mut).
     pub fn put(&mut self, at: usize, data: &[u8]) {
         let range = self.fill_range(at, data.len());
+        self.slot().soil(range.end);
         // SAFETY: the range is inside the buffer (checked), which is ours alone as in `data_mut`; `data`
         // is a live reference, so it cannot overlap memory that only `&mut self` may reach.
         unsafe {
@@ -284,8 +290,8 @@ impl Request {
     /// As [`put`](Self::put).
     pub fn put_zeroes(&mut self, at: usize, len: usize) {
         let range = self.fill_range(at, len);
-        // SAFETY: as in `put`.
-        unsafe { self.start_at(at).write_bytes(0, len) };
+        // SAFETY: the range is inside the buffer and ours alone, as in `put`.
+        unsafe { self.zero(range.clone()) };
         self.filled.get_mut().add(range);
     }
 
@@ -312,11 +318,26 @@ impl Request {
         );
     }
 
+    /// Zeroes a range, as far as it is not known to be zero.
+    ///
+    /// # Safety
+    ///
+    /// The range lies in the buffer, and nobody else reads or writes it.
+    unsafe fn zero(&self, range: Range<u32>) {
+        let slot = self.slot();
+        let soiled = slot.soiled(range.clone());
+        // SAFETY: a part of the range that the caller vouches for.
+        unsafe { self.start_at(soiled.start as usize).write_bytes(0, soiled.len()) };
+        if slot.soiled(range.end..u32::MAX).is_empty() {
+            slot.cleaned_from(range.start.min(soiled.end));
+        }
+    }
+
     fn zero_gaps(&mut self) {
         let len = self.data_len(Op::Read) as u32;
         for gap in self.filled.get_mut().gaps(len) {
             // SAFETY: within the buffer; ours alone, as in `data_mut` (callers checked for operations).
-            unsafe { self.start_at(gap.start as usize).write_bytes(0, gap.len()) };
+            unsafe { self.zero(gap) };
         }
         *self.filled.get_mut() = Filled { upto: len, islands: Vec::new() };
     }

@@ -232,6 +232,7 @@ impl Queue {
     fn replacement(&self, old: &Slot, outcome: Outcome) -> Result<Arc<Slot>, Errno> {
         let region = Arc::new(Region::new(self.start.buffer as usize, self.start.backing)?);
         let tag = old.place().tag;
+        let mut soiled = 0;
         if let (Op::Read, Ok(bytes)) = (self.op_of(tag), outcome.result) {
             let bytes = bytes.min(self.start.buffer) as usize;
             // SAFETY: both buffers have at least `bytes` bytes; the new one is nobody else's yet. The old
@@ -240,8 +241,11 @@ impl Queue {
             unsafe {
                 region.at(0).copy_from_nonoverlapping(old.buffer().start(), bytes);
             }
+            soiled = bytes as u32;
         }
-        Ok(self.slot(tag, Buffer::new(region, 0, self.start.buffer)))
+        let fresh = self.slot(tag, Buffer::new(region, 0, self.start.buffer));
+        fresh.soil(soiled);
+        Ok(fresh)
     }
 
     /// Takes every request that is out from its holder, answers it with EIO, and refuses new ones.

@@ -297,6 +297,7 @@ fn part(request: &Request, op: Op, range: &Range<usize>) -> io::Result<(*mut u8,
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let buffer = request.slot_for_ring().buffer();
+    request.slot_for_ring().soil(range.end as u32);
     // SAFETY: the range is inside of the request's length, which is inside of the buffer.
     let start = unsafe { buffer.start().as_ptr().add(range.start) };
     Ok((start, range.len() as u32))

@@ -15,6 +15,7 @@
 //!
 //! [`Request`]: crate::Request
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -108,6 +109,8 @@ pub(crate) struct Slot {
     mailbox: Arc<Mailbox>,
     /// Ring operations in flight on the buffer. The worker commits only at zero.
     operations: AtomicU32,
+    /// The buffer is zero from this byte on: what has to be zeroed for a read ends there.
+    dirty: AtomicU32,
 }
 
 impl Linked for Slot {
@@ -125,6 +128,7 @@ impl Slot {
             buffer,
             mailbox,
             operations: AtomicU32::new(0),
+            dirty: AtomicU32::new(0),
         })
     }
 
@@ -189,6 +193,24 @@ impl Slot {
     /// Whether the kernel and the worker alone may touch the buffer.
     pub(crate) fn is_with_kernel(&self) -> bool {
         self.state.load(Ordering::Acquire) & PHASE == KERNEL
+    }
+
+    /// Something other than zeroes may be written to the buffer's first `end` bytes.
+    pub(crate) fn soil(&self, end: u32) {
+        // No read-modify-write: whoever owns the buffer at the time is the only one who calls this.
+        if end > self.dirty.load(Ordering::Relaxed) {
+            self.dirty.store(end, Ordering::Relaxed);
+        }
+    }
+
+    /// The part of a range that may not be zero.
+    pub(crate) fn soiled(&self, range: Range<u32>) -> Range<u32> {
+        range.start..range.end.min(self.dirty.load(Ordering::Relaxed)).max(range.start)
+    }
+
+    /// The buffer was zeroed from byte `start` to the end of what was soiled, or beyond.
+    pub(crate) fn cleaned_from(&self, start: u32) {
+        self.dirty.store(start, Ordering::Relaxed);
     }
 
     /// A ring operation on the buffer begins. The worker's thread only.
