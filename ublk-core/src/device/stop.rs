@@ -58,13 +58,17 @@ impl Life {
             {
                 self.lock().phase = Phase::Live;
                 self.changed.notify_all();
-                // What ended meanwhile was taken for a part of this stop.
+                // What ended or failed meanwhile was taken for a part of this stop.
                 self.notice_end();
+                if self.lock().has_failed() {
+                    self.set_takedown_off();
+                }
                 return Err(error);
             }
             self.remove_disk(deadline, &mut leftovers);
             self.release(&mut leftovers);
-            self.set_ended(Ending::Stopped);
+            let failed = self.lock().has_failed();
+            self.set_ended(if failed { Ending::Failed } else { Ending::Stopped });
         }
         let ending = match self.lock().phase {
             Phase::Ended(ending) => ending,
