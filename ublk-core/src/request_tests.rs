@@ -53,24 +53,29 @@ fn taken(mailbox: &Mailbox) -> Vec<Arc<Slot>> {
 
 const OK: Result<(), Errno> = Ok(());
 
-fn filled(ranges: &[Range<u32>]) -> Filled {
+fn filled(ranges: &[(u32, u32)]) -> Filled {
     let mut filled = Filled::default();
-    ranges.iter().for_each(|r| filled.add(r.clone()));
+    ranges.iter().for_each(|(start, end)| filled.add(*start..*end));
     filled
+}
+
+/// The gaps of a buffer of ten bytes.
+fn gaps(filled: &Filled) -> Vec<(u32, u32)> {
+    filled.gaps(10).into_iter().map(|gap| (gap.start, gap.end)).collect()
 }
 
 #[test]
 fn gaps_are_what_no_range_covers() {
-    assert_eq!(filled(&[]).gaps(10), [0..10]);
-    assert_eq!(filled(&[0..10]).gaps(10), []);
-    assert_eq!(filled(&[0..4]).gaps(10), [4..10]);
-    assert_eq!(filled(&[4..6]).gaps(10), [0..4, 6..10]);
-    assert_eq!(filled(&[8..10, 4..6]).gaps(10), [0..4, 6..8]);
-    assert_eq!(filled(&[4..6, 4..8, 5..7]).gaps(10), [0..4, 8..10]);
+    assert_eq!(gaps(&filled(&[])), [(0, 10)]);
+    assert_eq!(gaps(&filled(&[(0, 10)])), []);
+    assert_eq!(gaps(&filled(&[(0, 4)])), [(4, 10)]);
+    assert_eq!(gaps(&filled(&[(4, 6)])), [(0, 4), (6, 10)]);
+    assert_eq!(gaps(&filled(&[(8, 10), (4, 6)])), [(0, 4), (6, 8)]);
+    assert_eq!(gaps(&filled(&[(4, 6), (4, 8), (5, 7)])), [(0, 4), (8, 10)]);
     // A range that closes the gap takes the islands behind it along.
-    let closed = filled(&[4..6, 8..9, 6..8, 0..4]);
-    assert_eq!((closed.gaps(10), closed.islands.len()), (vec![9..10], 0));
-    assert_eq!(closed.upto, 9);
+    let closed = filled(&[(4, 6), (8, 9), (6, 8), (0, 4)]);
+    assert_eq!(gaps(&closed), [(9, 10)]);
+    assert_eq!((closed.upto, closed.islands.len()), (9, 0));
 }
 
 #[test]
@@ -143,8 +148,9 @@ fn a_discard_may_be_larger_than_any_buffer() {
 
 #[test]
 fn what_was_not_filled_is_zeroed() {
-    type Fill = fn(&mut Request);
-    let cases: [(Fill, fn(usize) -> u8); 5] = [
+    /// What is done, and the byte at each place afterwards.
+    type Case = (fn(&mut Request), fn(usize) -> u8);
+    let cases: [Case; 5] = [
         (|_| {}, |_| 0),
         (|r| r.put(10, &[1; 20]), |i| u8::from((10..30).contains(&i))),
         (
