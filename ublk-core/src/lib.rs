@@ -51,6 +51,7 @@ pub use device::{
 };
 pub use error::{Errno, Error, ErrorKind, Result};
 pub use request::{Gone, KeptBuffer, Op, Request, RequestFlags};
+pub use sys::thread::declare_io_flusher;
 pub use worker::meter::Latency;
 pub use worker::pool::Workers;
 pub use worker::ring::{IoBuf, IoBufMut, Ring, RingFile};

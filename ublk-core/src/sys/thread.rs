@@ -53,6 +53,26 @@ pub(crate) fn set_io_flusher() -> Result<(), Errno> {
     }
 }
 
+/// Declares the calling thread part of the I/O path of a disk: its memory allocations then never wait for
+/// writeback to that disk (`PR_SET_IO_FLUSHER`, since Linux 5.6). Workers and the threads of
+/// [`Builder::threads`](crate::Builder::threads) do this themselves; it is for a backend's own threads.
+///
+/// # Errors
+///
+/// [`ErrorKind::PermissionDenied`] without `CAP_SYS_RESOURCE`.
+pub fn declare_io_flusher() -> Result<()> {
+    set_io_flusher().map_err(|errno| {
+        let kind = match errno {
+            Errno::EPERM => ErrorKind::PermissionDenied,
+            Errno::EINVAL => ErrorKind::Unsupported,
+            _ => ErrorKind::Io,
+        };
+        Error::new(kind, "declare the thread an I/O flusher")
+            .with_errno(errno)
+            .remedy_is("run with CAP_SYS_RESOURCE")
+    })
+}
+
 /// From `linux/prctl.h`, since Linux 5.6; not in the libc crate for glibc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 

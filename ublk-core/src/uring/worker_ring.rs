@@ -166,6 +166,15 @@ impl WorkerRing {
         self.ring.submission().len()
     }
 
+    /// Whether the kernel has taken every entry and every completion has been seen: nothing moves any data
+    /// until the next enter, if completions are delivered only there.
+    pub(crate) fn is_quiet(&mut self) -> bool {
+        let submission = self.ring.submission();
+        let handed_over = submission.is_empty() && !submission.cq_overflow();
+        drop(submission);
+        handed_over && self.ring.completion().is_empty()
+    }
+
     /// Commands that may be in flight without overflowing the completion queue.
     pub(crate) fn completions(&self) -> u32 {
         self.ring.params().cq_entries()

@@ -408,6 +408,10 @@ impl Core {
         if !self.ring.delivers_only_in_enter() {
             return;
         }
+        // A commit that the kernel has not taken yet still needs its buffer's data, and so does a request
+        // whose completion has not been seen.
+        let quiet = self.backlog.is_empty() && self.ring.is_quiet();
+        let timer_fired = timer_fired && quiet;
         let mut active = false;
         for queue in self.queues.iter_mut().flatten() {
             active |=

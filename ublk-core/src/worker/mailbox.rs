@@ -135,6 +135,11 @@ impl Mailbox {
         messages.take().unwrap_or_default()
     }
 
+    /// Whether the worker is gone.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
     /// What the worker reads from in its ring.
     pub(crate) fn event_fd(&self) -> Option<RawFd> {
         self.event.as_ref().map(AsRawFd::as_raw_fd)

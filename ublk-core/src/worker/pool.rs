@@ -116,6 +116,11 @@ impl WorkerHandle {
         self.ended.wait(deadline.saturating_duration_since(Instant::now()))
     }
 
+    /// Whether the thread has ended or its ring was taken away.
+    fn has_ended(&self) -> bool {
+        self.mailbox.is_closed()
+    }
+
     /// Takes the ring and everything on it from the worker, whether it is stuck in user code or not, so that
     /// the kernel can abort what it served. False if that did not succeed in time.
     pub(crate) fn condemn(&self, deadline: Instant) -> bool {
@@ -237,10 +242,14 @@ impl Workers {
         self.0.workers.len()
     }
 
-    /// The worker for another queue.
+    /// The worker for another queue: each in turn, but for those that had to be given up.
     pub(crate) fn next(&self) -> Arc<WorkerHandle> {
-        let at = self.0.next.fetch_add(1, Ordering::Relaxed) % self.0.workers.len();
-        Arc::clone(&self.0.workers[at])
+        let workers = &self.0.workers;
+        let first = self.0.next.fetch_add(1, Ordering::Relaxed);
+        let in_turn = (0..workers.len()).map(|i| &workers[first.wrapping_add(i) % workers.len()]);
+        // If all are gone, the first one says so.
+        let alive = in_turn.clone().find(|worker| !worker.has_ended());
+        Arc::clone(alive.unwrap_or(&workers[first % workers.len()]))
     }
 }
 
