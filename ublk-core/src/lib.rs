@@ -55,3 +55,8 @@ pub use sys::thread::declare_io_flusher;
 pub use worker::meter::Latency;
 pub use worker::pool::Workers;
 pub use worker::ring::{IoBuf, IoBufMut, Ring, RingFile};
+
+/// The README's programs compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -1,0 +1,73 @@
+"""What the README shows is what is compiled and run."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ublk_rig import layout, served, support, testdisk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ublk_rig.guest import Guest
+
+EXAMPLES = layout.TREE / "ublk-core/examples"
+DISK_BYTES = 64 << 20
+PAGES = [layout.TREE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES += sorted((layout.TREE / "docs").glob("*.md"))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def test_the_ramdisk_of_the_readme_is_the_example() -> None:
+    assert (EXAMPLES / "ramdisk.rs").read_text() in blocks(layout.TREE / "README.md", "rust")
+
+
+def test_the_readme_has_a_place_for_the_table() -> None:
+    text = (layout.TREE / "README.md").read_text()
+    assert support.replaced(text, "x").count("\nx\n") == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"https?://", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+def test_the_ramdisk_is_a_disk(guest: Guest) -> None:
+    program = served.build_example("ramdisk")
+    folder = guest.run("mktemp -d").out.strip()
+    guest.run("modprobe ublk_drv")
+    with guest.popen([program, str(DISK_BYTES)]) as server:
+        disk = server.read_line(served.START_SECS)
+        number = int(disk.removeprefix("/dev/ublkb"))
+        try:
+            assert guest.run(["blockdev", "--getsize64", disk]).out.strip() == str(DISK_BYTES)
+            guest.run(["mkfs.ext4", "-q", disk])
+            # Twice: the second mount reads what the first one wrote, and not its cache.
+            guest.run(f"mount {disk} {folder} && head -c 5000000 /dev/urandom > {folder}/file")
+            before = guest.run(f"sha256sum < {folder}/file && umount {folder}").out
+            after = guest.run(f"mount {disk} {folder} && sha256sum < {folder}/file && umount {folder}").out
+            assert before == after
+            guest.run(["e2fsck", "-fn", disk])
+        finally:
+            guest.run(f"umount -q {folder}; rmdir {folder}", check=False)
+            # It serves until somebody stops the device: here, another process.
+            testdisk.delete(guest, number)
+        assert server.wait(served.STOP_SECS) == 0, server.err

@@ -1,0 +1,79 @@
+"""The README's table says what the tests said."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ublk_rig import support
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def outcome(name: str, kernel: str | None, result: str = "passed") -> dict[str, Any]:
+    return {"nodeid": f"tests/{name}[{kernel}]", "kernel": kernel, "outcome": result}
+
+
+def summary(*tests: dict[str, Any]) -> dict[str, Any]:
+    return {"tests": list(tests)}
+
+
+def row(table: str, words: str) -> str:
+    return next(line for line in table.splitlines() if words in line)
+
+
+def test_outcomes_become_cells() -> None:
+    table = support.render(
+        support.collect(
+            summary(
+                outcome("test_readme.py::test_a", "7.3"),
+                outcome("test_readme.py::test_a", "6.12"),
+                outcome("test_readme.py::test_b", "6.12"),
+                outcome("test_disk_operations.py::test_c", "6.12", "failed"),
+                outcome("test_disk_operations.py::test_d", "6.12"),
+                outcome("test_disk_operations.py::test_c", "7.3", "skipped"),
+            )
+        )
+    )
+    assert table.splitlines()[0] == "|  | Linux 6.12 | Linux 7.3 |"
+    assert row(table, "ramdisk").endswith("| yes (2) | yes (1) |")
+    assert row(table, "discard").endswith("| **no**: 1 of 2 fail | not tested |")
+    assert row(table, "Forked").endswith("| not tested | not tested |")
+
+
+def test_a_test_counts_once_and_what_nobody_claims_is_named() -> None:
+    table = support.collect(
+        summary(
+            outcome("test_rust_kernel.py::test_rust[7.3-life::a_server_killed_after_add]", "7.3"),
+            outcome("test_something.py::test_new", "7.3"),
+            outcome("test_rig_vm.py::test_popen", "7.3"),
+            outcome("test_host.py::test_no_kernel", None),
+        )
+    )
+    assert sum(n for by in table.cells.values() for c in by.values() for n in c.values()) == 1
+    assert table.cells["Killed servers leave what can be deleted"]["7.3"]["passed"] == 1
+    assert table.unclaimed == ["tests/test_something.py::test_new[7.3]"]
+
+
+def test_only_the_block_is_replaced(tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "summary.json"
+    readme.write_text(f"before\n{support.BEGIN}\nold\n{support.END}\nafter\n")
+    results.write_text(json.dumps(summary(outcome("test_readme.py::test_a", "7.3"))))
+    for _ in range(2):
+        assert support.main([str(results), "--readme", str(readme)]) == 0
+        text = readme.read_text()
+        assert text.startswith(f"before\n{support.BEGIN}\n| ")
+        assert text.endswith(f"\n{support.END}\nafter\n")
+        assert "\nold\n" not in text
+
+
+@pytest.mark.parametrize("tests", [[], [outcome("test_rig_vm.py::test_a", "7.3")]])
+def test_without_results_the_readme_stays(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "summary.json"
+    readme.write_text("as it was")
+    results.write_text(json.dumps({"tests": tests}))
+    assert support.main([str(results), "--readme", str(readme)]) == 1
+    assert readme.read_text() == "as it was"
