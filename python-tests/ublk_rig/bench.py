@@ -1,7 +1,7 @@
 """`make bench`: our disks against the kernel's own, in one guest, as medians of interleaved rounds.
 
-Every round measures every contestant once, so that a machine which slows down half-way slows all of them. Figures
-from an emulated processor compare with each other and with nothing else.
+Every round measures every contestant once, so that a machine which slows down half-way slows all of them, and each
+round begins with another one. Figures from an emulated processor compare with each other and with nothing else.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 DISK_BYTES = 256 << 20
+QUEUES, DEPTH = 1, 128
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,11 @@ class Disk:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A kind of disk and how to bring one up; `against` is what its ratio is taken to, `example` what serves it."""
+    """A kind of disk, how to bring one up, and whether it is written once before it is measured."""
 
     name: str
-    against: str | None
     up: Callable[[Guest], AbstractContextManager[Disk]]
-    example: str | None = None
+    fill: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ WORKLOADS = (
 @contextmanager
 def null_blk(guest: Guest) -> Iterator[Disk]:
     """The kernel's disk that does nothing: the cost of the block layer alone."""
-    guest.run("modprobe null_blk nr_devices=1 queue_mode=2 irqmode=0 submit_queues=1 hw_queue_depth=128 gb=1")
+    guest.run(
+        f"modprobe null_blk nr_devices=1 queue_mode=2 irqmode=0 gb=1 submit_queues={QUEUES} hw_queue_depth={DEPTH}"
+    )
     try:
         yield Disk("/dev/nullb0")
     finally:
@@ -75,10 +77,10 @@ def null_blk(guest: Guest) -> Iterator[Disk]:
 
 @contextmanager
 def brd(guest: Guest) -> Iterator[Disk]:
-    """The kernel's ramdisk, filled, for a page that was never written is read without being copied."""
+    """The kernel's ramdisk."""
     guest.run(f"modprobe brd rd_nr=1 rd_size={DISK_BYTES >> 10}")
     try:
-        yield _filled(guest, Disk("/dev/ram0"))
+        yield Disk("/dev/ram0")
     finally:
         guest.run("modprobe -r brd")
 
@@ -90,129 +92,159 @@ def loop(guest: Guest) -> Iterator[Disk]:
     guest.run(f"modprobe loop && truncate -s {DISK_BYTES} {backing}")
     path = guest.run(["losetup", "--find", "--show", backing]).out.strip()
     try:
-        yield _filled(guest, Disk(path))
+        yield Disk(path)
     finally:
         guest.run(f"losetup -d {path} && rm {backing}")
 
 
-def ours(example: str, *argv: str, fill: bool) -> Callable[[Guest], AbstractContextManager[Disk]]:
-    """A disk served by one of our examples."""
+def ours(kind: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
+    """A disk served by the example `bench_disk`."""
 
     @contextmanager
     def up(guest: Guest) -> Iterator[Disk]:
-        program = served.build_example(example)
+        program = served.build_example("bench_disk")
         guest.run("modprobe ublk_drv")
-        with served.serving(guest, [program, *argv]) as (server, path):
-            disk = Disk(path, server.pid)
-            yield _filled(guest, disk) if fill else disk
+        argv = [str(program), kind, str(DISK_BYTES), str(QUEUES), str(DEPTH)]
+        with served.serving(guest, argv) as (server, path):
+            yield Disk(path, server.pid)
 
     return up
 
 
-def _filled(guest: Guest, disk: Disk) -> Disk:
-    guest.run(["fio", *_fio(disk.path, Workload("fill", "write", "1m", 8)), "--size=100%"], timeout=120)
-    return disk
-
-
+# A page or chunk that was never written is read without being copied: what keeps data is filled first.
 CONTESTANTS = (
-    Contestant("null_blk", None, null_blk),
-    Contestant("ublk null", "null_blk", ours("null_disk", str(DISK_BYTES), fill=False), "null_disk"),
-    Contestant("brd", None, brd),
-    Contestant("loop on tmpfs", "brd", loop),
-    Contestant("ublk mem", "brd", ours("ramdisk", str(DISK_BYTES), fill=True), "ramdisk"),
+    Contestant("null_blk", null_blk),
+    Contestant("ublk null", ours("null")),
+    Contestant("brd", brd, fill=True),
+    Contestant("loop on tmpfs", loop, fill=True),
+    Contestant("ublk mem", ours("mem"), fill=True),
 )
+RATIOS = (("ublk null", "null_blk"), ("ublk mem", "brd"), ("ublk mem", "loop on tmpfs"), ("loop on tmpfs", "brd"))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a server took when its disk was up and idle, in bytes: at most so far (VmHWM), and at that moment."""
+
+    peak: int
+    resident: int
 
 
 @dataclass
 class Measured:
-    """What one contestant reached: IOPS per workload and round; peak memory of its idle server in bytes."""
+    """What one contestant reached: IOPS per workload and round; the memory of its idle server, if it has one."""
 
     contestant: str
-    against: str | None
     iops: dict[str, list[float]] = field(default_factory=dict)
-    idle_peak_bytes: int | None = None
+    idle: Memory | None = None
 
     def median(self, workload: str) -> float:
         """The median over the rounds."""
         return statistics.median(self.iops[workload])
 
 
-def _fio(path: str, workload: Workload) -> list[str]:
-    return [
-        *("--name=bench", f"--filename={path}", f"--rw={workload.rw}", f"--bs={workload.bs}"),
-        *(f"--iodepth={workload.iodepth}", "--ioengine=io_uring", "--direct=1", "--gtod_reduce=1", "--norandommap"),
-    ]
+def _options(workload: Workload) -> list[str]:
+    return [f"--rw={workload.rw}", f"--bs={workload.bs}", f"--iodepth={workload.iodepth}"]
 
 
-def iops_of(output: str) -> float:
-    """IOPS of reads and writes together, from fio's JSON."""
-    job = json.loads(output)["jobs"][0]
-    return float(job["read"]["iops"]) + float(job["write"]["iops"])
+def _fill(guest: Guest, disk: Disk) -> None:
+    how = ["--name=fill", *_options(Workload("fill", "write", "1m", 8)), "--ioengine=io_uring", "--direct=1"]
+    guest.run(["fio", *how, f"--filename={disk.path}", f"--size={DISK_BYTES}"], timeout=120)
+
+
+def iops_of(output: str) -> dict[str, float]:
+    """IOPS of reads and writes together, by job, from fio's JSON."""
+    jobs = json.loads(output)["jobs"]
+    return {job["jobname"]: float(job["read"]["iops"]) + float(job["write"]["iops"]) for job in jobs}
 
 
 def _round(guest: Guest, disk: Disk, measured: Measured, secs: float) -> None:
+    """All workloads, one after the other, in one fio: under emulation its start takes seconds."""
+    argv = ["fio", "--output-format=json", "--ioengine=io_uring", "--direct=1", "--gtod_reduce=1", "--norandommap"]
+    argv += [f"--filename={disk.path}", f"--size={DISK_BYTES}", "--time_based", f"--runtime={secs:g}", "--thread"]
     for workload in WORKLOADS:
-        argv = [
-            *("fio", *_fio(disk.path, workload), f"--size={DISK_BYTES}"),
-            *("--time_based", f"--runtime={secs:g}", "--output-format=json"),
-        ]
-        done = guest.run(argv, timeout=60 + 2 * secs)
-        measured.iops.setdefault(workload.name, []).append(iops_of(done.out))
+        argv += [f"--name={workload.name}", "--stonewall", *_options(workload)]
+    done = guest.run(argv, timeout=60 + 3 * secs * len(WORKLOADS))
+    for name, iops in iops_of(done.out).items():
+        if not iops:
+            raise CommandFailed(f"{measured.contestant}: no I/O in {name}: {done}")
+        measured.iops.setdefault(name, []).append(iops)
 
 
-def _peak(guest: Guest, pid: int) -> int:
-    status = guest.run(f"grep VmHWM /proc/{pid}/status").out.split()
-    return int(status[1]) << 10
+def memory_of(status: str) -> Memory:
+    """From /proc/PID/status."""
+    lines = (line.split() for line in status.splitlines())
+    kib = {words[0]: int(words[1]) for words in lines if words[0] in {"VmHWM:", "VmRSS:"}}
+    return Memory(kib["VmHWM:"] << 10, kib["VmRSS:"] << 10)
 
 
-def ready(say: Callable[[str], None]) -> list[Contestant]:
-    """Build what is served by us, before a guest has looked at the build; what there is not is named and left out."""
-    found = []
-    for contestant in CONTESTANTS:
-        try:
-            if contestant.example:
-                served.build_example(contestant.example)
-        except served.NoSuchExample as e:
-            say(f"not measured: {contestant.name} ({e})")
-        else:
-            found.append(contestant)
-    return found
+def _up(guest: Guest, contestant: Contestant, stack: ExitStack) -> tuple[Disk, Measured]:
+    disk = stack.enter_context(contestant.up(guest))
+    measured = Measured(contestant.name)
+    if disk.server_pid is not None:
+        # Before any of its contents count.
+        measured.idle = memory_of(guest.run(["cat", f"/proc/{disk.server_pid}/status"]).out)
+    if contestant.fill:
+        _fill(guest, disk)
+    return disk, measured
 
 
-def measure(
-    guest: Guest, contestants: list[Contestant], rounds: int, secs: float, say: Callable[[str], None]
-) -> list[Measured]:
+def measure(guest: Guest, rounds: int, secs: float, say: Callable[[str], None]) -> list[Measured]:
     """All contestants side by side."""
-    found: list[tuple[Disk, Measured]] = []
     with ExitStack() as stack:
-        for contestant in contestants:
-            disk = stack.enter_context(contestant.up(guest))
-            measured = Measured(contestant.name, contestant.against)
-            if disk.server_pid is not None:
-                measured.idle_peak_bytes = _peak(guest, disk.server_pid)
-            found.append((disk, measured))
+        found = []
+        for contestant in CONTESTANTS:
+            say(f"bringing up {contestant.name}")
+            found.append(_up(guest, contestant, stack))
         for n in range(rounds):
-            for disk, measured in found:
+            first = n % len(found)
+            for disk, measured in found[first:] + found[:first]:
+                say(f"round {n + 1} of {rounds}: {measured.contestant}")
                 _round(guest, disk, measured, secs)
-            say(f"round {n + 1} of {rounds}")
     return [measured for _, measured in found]
 
 
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values) / 1000:.1f} ({min(values) / 1000:.1f}-{max(values) / 1000:.1f})"
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.1f} MiB"
+
+
 def table(results: list[Measured]) -> str:
-    """Medians in thousands of IOPS, each with its ratio to what it is compared with."""
-    by_name = {m.contestant: m for m in results}
-    rows = [["", *(w.name for w in WORKLOADS), "idle server"]]
+    """Medians (and extremes) in thousands of I/Os a second with each idle server's memory; then the ratios."""
+    names = [w.name for w in WORKLOADS]
+    rows = [["kIOPS, median (least-most)", *names, "idle server: peak (VmHWM)", "resident (VmRSS)"]]
     for m in results:
-        cells = []
-        for w in WORKLOADS:
-            median = m.median(w.name)
-            base = by_name.get(m.against or "")
-            ratio = f" ({median / base.median(w.name):.2f} of {base.contestant})" if base else ""
-            cells.append(f"{median / 1000:.1f}k{ratio}")
-        memory = f"{m.idle_peak_bytes / (1 << 20):.1f} MiB" if m.idle_peak_bytes else "-"
-        rows.append([m.contestant, *cells, memory])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+        memory = [_mib(m.idle.peak), _mib(m.idle.resident)] if m.idle else ["", ""]
+        rows.append([m.contestant, *(_spread(m.iops[name]) for name in names), *memory])
+    by_name = {m.contestant: m for m in results}
+    ratios = [["ratio of the medians", *names]]
+    for ours_, theirs in RATIOS:
+        a, b = by_name[ours_], by_name[theirs]
+        ratios.append([f"{ours_} / {theirs}", *(f"{a.median(n) / b.median(n):.2f}" for n in names)])
+    return f"{_markdown(rows)}\n\n{_markdown(ratios)}"
+
+
+def conditions(guest: Guest, rounds: int, secs: float, *, icount: bool) -> str:
+    """Under which circumstances this was measured."""
+    text = (
+        f"Linux {guest.release}, {guest.cpus} CPUs; {rounds} rounds of {secs:g} s each; disks of"
+        f" {DISK_BYTES >> 20} MiB; ublk disks and null_blk with {QUEUES} queue of depth {DEPTH}."
+    )
+    if guest.emulated:
+        text += " The processor is emulated: compare the figures with each other and with nothing else."
+    if icount:
+        text += " Instructions are counted in place of time."
+    return text
 
 
 def main(argv: list[str]) -> int:
@@ -228,19 +260,23 @@ def main(argv: list[str]) -> int:
     def say(text: str) -> None:
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
-    contestants = ready(say)
     try:
+        say("building the servers (cargo example bench_disk)")
+        # Before a guest looks at the host's files.
+        served.build_example("bench_disk")
         with session.machine(shape, given.kernel, say, only_guests=True) as guest:
-            results = measure(guest, contestants, given.rounds, given.secs, say)
+            results = measure(guest, given.rounds, given.secs, say)
+            under = conditions(guest, given.rounds, given.secs, icount=given.icount)
     except (
-        *(served.ServerMisbehaved, kernels.KernelError, MachineDied),
+        *(served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
         *(CommandFailed, CommandTimeout, NothingInTime, ProcessEnded),
     ) as e:
         print(f"bench: FAILED: {e}", file=sys.stderr)
         return 1
     layout.ARTIFACTS.mkdir(exist_ok=True)
-    (layout.ARTIFACTS / "bench.json").write_text(json.dumps([asdict(m) for m in results], indent=1) + "\n")
-    print(table(results))
+    kept = {"conditions": under, "results": [asdict(m) for m in results]}
+    (layout.ARTIFACTS / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
+    print(f"{under}\n\n{table(results)}")
     return 0
 
 

@@ -41,8 +41,8 @@ class Progress:
 def _write_files(guest: Guest, folder: str) -> str:
     """Files of many sizes, flushed to the disk; the answer is their checksums."""
     guest.run(
-        f"cd {folder} && for i in $(seq {FILES}); do"
-        " mkdir -p d$((i % 4)); head -c $((i * i * 800 + i)) /dev/urandom > d$((i % 4))/file$i; done; sync",
+        f"cd {folder} && mkdir d0 d1 d2 d3 && for i in $(seq {FILES}); do"
+        " head -c $((i * i * 300 + i)) /dev/urandom > d$((i % 4))/file$i; done && sync -f .",
         timeout=120,
     )
     return _checksums(guest, folder)
