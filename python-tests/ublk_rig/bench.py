@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 DISK_BYTES = 256 << 20
 QUEUES, DEPTH = 1, 128
+# Rounds that differ by more than this were not under the same conditions.
+STEADY = 2.0
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,6 @@ class Measured:
     iops: dict[str, list[float]] = field(default_factory=dict)
     idle: Memory | None = None
 
-    def median(self, workload: str) -> float:
-        """The median over the rounds."""
-        return statistics.median(self.iops[workload])
-
 
 def _options(workload: Workload) -> list[str]:
     return [f"--rw={workload.rw}", f"--bs={workload.bs}", f"--iodepth={workload.iodepth}"]
@@ -211,8 +209,8 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _spread(values: list[float]) -> str:
-    return f"{statistics.median(values) / 1000:.1f} ({min(values) / 1000:.1f}-{max(values) / 1000:.1f})"
+def _spread(values: list[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}}-{max(values):{form}})"
 
 
 def _mib(count: int) -> str:
@@ -225,13 +223,25 @@ def table(results: list[Measured]) -> str:
     rows = [["kIOPS, median (least-most)", *names, "idle server: peak (VmHWM)", "resident (VmRSS)"]]
     for m in results:
         memory = [_mib(m.idle.peak), _mib(m.idle.resident)] if m.idle else ["", ""]
-        rows.append([m.contestant, *(_spread(m.iops[name]) for name in names), *memory])
+        rows.append([m.contestant, *(_spread([n / 1000 for n in m.iops[name]], ".1f") for name in names), *memory])
     by_name = {m.contestant: m for m in results}
-    ratios = [["ratio of the medians", *names]]
+    ratios = [["ratio, median over the rounds (least-most)", *names]]
     for ours_, theirs in RATIOS:
-        a, b = by_name[ours_], by_name[theirs]
-        ratios.append([f"{ours_} / {theirs}", *(f"{a.median(n) / b.median(n):.2f}" for n in names)])
+        # Within a round both met the same load, or nearly.
+        pairs = {n: zip(by_name[ours_].iops[n], by_name[theirs].iops[n], strict=True) for n in names}
+        ratios.append([f"{ours_} / {theirs}", *(_spread([a / b for a, b in pairs[n]], ".2f") for n in names)])
     return f"{_markdown(rows)}\n\n{_markdown(ratios)}"
+
+
+def doubts(results: list[Measured]) -> str:
+    """What makes the figures worth little, if anything does."""
+    spread = max(max(values) / min(values) for m in results for values in m.iops.values())
+    if spread < STEADY:
+        return ""
+    return (
+        f"\n\nThe same thing was up to {spread:.0f} times as fast in one round as in another: something else used the"
+        " machine. Measure again when it is idle, with more --rounds, or with --icount."
+    )
 
 
 def conditions(guest: Guest, rounds: int, secs: float, *, icount: bool) -> str:
@@ -276,7 +286,7 @@ def main(argv: list[str]) -> int:
     layout.ARTIFACTS.mkdir(exist_ok=True)
     kept = {"conditions": under, "results": [asdict(m) for m in results]}
     (layout.ARTIFACTS / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"{under}\n\n{table(results)}")
+    print(f"{under}\n\n{table(results)}{doubts(results)}")
     return 0
 
 

@@ -35,8 +35,8 @@ class Capability:
 # The first row that matches a test claims it: the special before the general.
 CAPABILITIES = (
     Capability("The README's ramdisk: mkfs, mount, write, read back", r"test_readme\.py"),
-    Capability("File systems: ext4, xfs, btrfs", r"test_\w*(filesystem|mkfs)|ext4|xfs|btrfs"),
-    Capability("Verified I/O (fio): sizes, queues, depths, block sizes", r"fio|verif"),
+    Capability("File systems: ext4, xfs, btrfs", r"test_disk_filesystems"),
+    Capability("Verified I/O (fio): sizes, queues, depths, block sizes", r"test_disk_fio"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
     ),
@@ -44,16 +44,15 @@ CAPABILITIES = (
     Capability("Block sizes, limits, read-only and the rest reach sysfs", r"test_disk_parameters|parameters_reach"),
     Capability("Killed servers leave what can be deleted", r"killed|server_that_forgot"),
     Capability(
-        "Stop with a deadline, by force, by others, under load", r"life::.*(stop|drop|delete)|test_disk_(stop|hold)"
+        "Stop with a deadline, by force, by others, under load",
+        r"(life::|test_disk_life).*(stop|drop|delete|revoked|held)",
     ),
+    Capability("Bring-up, many devices, nothing left behind", r"life::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Forked children hold nothing", r"fork::"),
-    Capability(
-        "Bring-up, many devices, nothing left behind", r"life::|leaves?_nothing|test_disk_(many|cycle|life|leak)"
-    ),
     Capability("Requests: completed anywhere, exactly once", r"requests::"),
     Capability("Async backends on the worker's ring", r"async_ring::"),
-    Capability("File, memory and null targets", r"target"),
+    Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
     Capability("Control commands, features, parameters, from any thread", r"control::"),
     Capability("What the driver's protocol was once believed to be", r"claims::"),
