@@ -237,6 +237,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn creating_makes_a_sparse_file_once() {
         let path = Scratch::new("create");
         let file = FileOptions::default().create(1 << 30).open(&path.0).unwrap();
@@ -247,6 +248,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn what_cannot_be_served_says_so_and_what_to_do() {
         let path = Scratch::new("wrong");
         let options = FileOptions::default();

@@ -13,7 +13,7 @@ use crate::request::{Op, Request, RequestFlags};
 /// A sparse disk in memory.
 ///
 /// Memory is taken in chunks of 64 KiB, when something other than zeroes is first written to them; a discard
-/// or a write of zeroes gives the chunks that it covers back to the allocator and clears the rest. Any number of
+/// or a write of zeroes gives the chunks that it covers back to the system and clears the rest. Any number of
 /// queues and threads may work on it at once. It has no volatile cache: the disk advertises none.
 ///
 /// Clones share the contents, so that they can outlive a device and be served again:
@@ -32,6 +32,8 @@ use crate::request::{Op, Request, RequestFlags};
 /// # Ok(())
 /// # }
 /// ```
+///
+/// In a forked child the contents read as zeroes.
 ///
 /// It is a [`Backend`] as well, for those that wrap it or want a pool of [threads](Builder::threads);
 /// [`builder`](Self::builder) takes the shorter way.
@@ -92,11 +94,10 @@ impl Mem {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the range is not within the size.
+    /// `EINVAL` if the range is not within the size, `ENOMEM` if there is no memory.
     pub fn write_at(&self, data: &[u8], offset: u64) -> io::Result<()> {
         self.check(offset, data.len() as u64)?;
-        self.chunks.write(data, offset);
-        Ok(())
+        Ok(self.chunks.write(data, offset)?)
     }
 
     /// Makes `len` bytes at `offset` read as zeroes and gives their memory back.
@@ -177,6 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn clones_share_and_ranges_are_checked() {
         let mem = Mem::new(1 << 20);
         mem.clone().write_at(b"shared", 1000).unwrap();

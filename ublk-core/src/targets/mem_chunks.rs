@@ -10,19 +10,58 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Bytes of a chunk: few enough to be cheap for scattered small writes, enough for a table that is small
-/// beside what it points to.
-pub(super) const CHUNK: usize = 64 << 10;
+use super::mem_slab::{CHUNK, SLAB, Slab};
+use crate::error::Errno;
+
 const SHARDS: usize = 64;
 
-/// As long as a chunk, to compare with and to copy from.
+/// As long as a chunk, to compare with.
 static ZEROES: [u8; CHUNK] = [0; CHUNK];
 
-type Table = HashMap<u64, Box<[u8]>>;
-
 pub(super) struct Chunks {
-    shards: Box<[RwLock<Table>]>,
+    shards: Box<[RwLock<Shard>]>,
     count: AtomicU64,
+}
+
+/// Some of the chunks, and the memory of theirs.
+#[derive(Default)]
+struct Shard {
+    /// Which place in the slabs a chunk has.
+    places: HashMap<u64, usize>,
+    slabs: Vec<Slab>,
+    /// Places without a chunk, all zeroes.
+    free: Vec<usize>,
+}
+
+impl Shard {
+    fn get(&self, chunk: u64) -> Option<&[u8]> {
+        let place = *self.places.get(&chunk)?;
+        Some(self.slabs[place / SLAB].chunk(place % SLAB))
+    }
+
+    fn get_mut(&mut self, chunk: u64) -> Option<&mut [u8]> {
+        let place = *self.places.get(&chunk)?;
+        Some(self.slabs[place / SLAB].chunk_mut(place % SLAB))
+    }
+
+    /// A place for a chunk that has none.
+    fn insert(&mut self, chunk: u64) -> Result<&mut [u8], Errno> {
+        if self.free.is_empty() {
+            let first = self.slabs.len() * SLAB;
+            self.slabs.push(Slab::new()?);
+            self.free.extend((first..first + SLAB).rev());
+        }
+        let Some(place) = self.free.pop() else { unreachable!("there is one now") };
+        self.places.insert(chunk, place);
+        Ok(self.slabs[place / SLAB].chunk_mut(place % SLAB))
+    }
+
+    fn remove(&mut self, chunk: u64) -> bool {
+        let Some(place) = self.places.remove(&chunk) else { return false };
+        self.slabs[place / SLAB].clear(place % SLAB);
+        self.free.push(place);
+        true
+    }
 }
 
 /// The part of a range that lies in one chunk.
@@ -62,16 +101,17 @@ impl Chunks {
         self.count.load(Ordering::Relaxed) * CHUNK as u64
     }
 
-    // Nothing that can panic is called with a lock held and the table in two minds: poison means nothing.
-    fn shared(&self, chunk: u64) -> RwLockReadGuard<'_, Table> {
+    // Nothing that can panic leaves a shard in two minds: poison means nothing.
+    fn shared(&self, chunk: u64) -> RwLockReadGuard<'_, Shard> {
         self.shards[chunk as usize % SHARDS].read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn exclusive(&self, chunk: u64) -> RwLockWriteGuard<'_, Table> {
+    fn exclusive(&self, chunk: u64) -> RwLockWriteGuard<'_, Shard> {
         self.shards[chunk as usize % SHARDS].write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Calls `sink` with the bytes of a range, piece by piece: `Ok(data)`, or `Err(length)` of a hole.
+    /// Calls `sink` with the bytes of a range, piece by piece: where in the range they belong, and `Ok(data)`
+    /// or `Err(length)` of a hole.
     pub(super) fn read(
         &self,
         offset: u64,
@@ -80,42 +120,37 @@ impl Chunks {
     ) {
         for part in parts(offset, len as u64) {
             let at = part.at as usize;
-            match self.shared(part.chunk).get(&part.chunk) {
+            match self.shared(part.chunk).get(part.chunk) {
                 Some(chunk) => sink(at, Ok(&chunk[part.inside])),
                 None => sink(at, Err(part.inside.len())),
             }
         }
     }
 
-    pub(super) fn write(&self, data: &[u8], offset: u64) {
+    /// Fails if there is no memory; what lies before has been written then.
+    pub(super) fn write(&self, data: &[u8], offset: u64) -> Result<(), Errno> {
         for part in parts(offset, data.len() as u64) {
             let piece = &data[part.at as usize..][..part.inside.len()];
-            let mut table = self.exclusive(part.chunk);
-            if let Some(chunk) = table.get_mut(&part.chunk) {
+            let mut shard = self.exclusive(part.chunk);
+            if let Some(chunk) = shard.get_mut(part.chunk) {
                 chunk[part.inside].copy_from_slice(piece);
             } else if piece != &ZEROES[..piece.len()] {
-                let chunk = if piece.len() == CHUNK {
-                    piece.into()
-                } else {
-                    let mut chunk = vec![0; CHUNK].into_boxed_slice();
-                    chunk[part.inside].copy_from_slice(piece);
-                    chunk
-                };
-                table.insert(part.chunk, chunk);
+                shard.insert(part.chunk)?[part.inside].copy_from_slice(piece);
                 self.count.fetch_add(1, Ordering::Relaxed);
             }
         }
+        Ok(())
     }
 
     /// Makes a range read as zeroes; whole chunks cease to exist.
     pub(super) fn zero(&self, offset: u64, len: u64) {
         for part in parts(offset, len) {
-            let mut table = self.exclusive(part.chunk);
+            let mut shard = self.exclusive(part.chunk);
             if part.inside.len() == CHUNK {
-                if table.remove(&part.chunk).is_some() {
+                if shard.remove(part.chunk) {
                     self.count.fetch_sub(1, Ordering::Relaxed);
                 }
-            } else if let Some(chunk) = table.get_mut(&part.chunk) {
+            } else if let Some(chunk) = shard.get_mut(part.chunk) {
                 chunk[part.inside].fill(0);
             }
         }
@@ -138,19 +173,21 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn zeroes_take_no_memory_and_holes_stay_holes() {
         let chunks = Chunks::new();
-        chunks.write(&[0; 3 * CHUNK], 17);
+        chunks.write(&[0; 3 * CHUNK], 17).unwrap();
         assert_eq!(read(&chunks, 0, 2 * CHUNK), vec![0; 2 * CHUNK]);
         assert_eq!(chunks.used(), 0);
-        chunks.write(&[1], u64::MAX / 2);
+        chunks.write(&[1], u64::MAX / 2).unwrap();
         assert_eq!(chunks.used(), CHUNK as u64);
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn whole_chunks_are_given_back_and_parts_are_zeroed() {
         let chunks = Chunks::new();
-        chunks.write(&[7; 3 * CHUNK], 0);
+        chunks.write(&[7; 3 * CHUNK], 0).unwrap();
         chunks.zero(CHUNK as u64 / 2, 2 * CHUNK as u64);
         assert_eq!(chunks.used(), 2 * CHUNK as u64);
         let bytes = read(&chunks, 0, 3 * CHUNK);
@@ -162,6 +199,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has neither madvise nor statx")]
     fn threads_on_the_same_chunks_lose_nothing() {
         let chunks = Chunks::new();
         std::thread::scope(|scope| {
@@ -170,7 +208,7 @@ mod tests {
                 scope.spawn(move || {
                     // Interleaved within each chunk, so that all four allocate the same ones.
                     for block in (usize::from(thread)..2 * CHUNK / 512).step_by(4) {
-                        chunks.write(&[thread + 1; 512], block as u64 * 512);
+                        chunks.write(&[thread + 1; 512], block as u64 * 512).unwrap();
                     }
                 });
             }
@@ -194,7 +232,7 @@ mod tests {
                 model[offset..][..len].fill(value % 3);
                 match value {
                     3 => chunks.zero(offset as u64, len as u64),
-                    value => chunks.write(&vec![value; len], offset as u64),
+                    value => chunks.write(&vec![value; len], offset as u64).unwrap(),
                 }
                 prop_assert_eq!(&read(&chunks, offset as u64 / 2, len), &model[offset / 2..][..len]);
             }

@@ -9,6 +9,7 @@ mod file_align;
 mod file_open;
 mod mem;
 mod mem_chunks;
+mod mem_slab;
 mod null;
 
 pub use file::File;
