@@ -112,7 +112,7 @@ class Disks:
         features: list[str] = self.ready[-1]["features"]
         return features
 
-    def arm(self, action: str, **fields: object) -> None:
+    def arm(self, action: str, **fields: Any) -> None:
         """Make the test backend misbehave; see `testdisk/src/rules.rs`."""
         self.ask("arm", action=action, **fields)
 
@@ -140,15 +140,25 @@ class Disks:
         scaled = self.guest.scale.seconds(within)
         return self.ask("stop", within=scaled, force=force, timeout=within + 60)
 
-    def queue_attribute(self, attribute: str) -> str:
-        """What sysfs says about the last disk's queue."""
-        return self.guest.run(["cat", f"/sys/block/{self.name}/queue/{attribute}"]).out.strip()
+    def attributes(self) -> dict[str, str]:
+        """What sysfs says about the last disk: "queue/rotational" and so on."""
+        done = self.guest.run(f"cd /sys/block/{self.name} && grep -s . * queue/* mq/*/nr_tags", check=False)
+        return dict(line.split(":", 1) for line in done.out.splitlines())
+
+    def calls(self, *calls: str, manner: str = "direct") -> list[dict[str, Any]]:
+        """Use the last disk; see `testdisk/src/client.rs`."""
+        done = self.guest.run([program(), "client", self.path, manner, *calls])
+        answers: list[dict[str, Any]] = json.loads(done.out)["calls"]
+        return answers
+
+    def errnos(self, *calls: str, manner: str = "direct") -> list[int]:
+        """The errno of each call."""
+        return [answer["errno"] for answer in self.calls(*calls, manner=manner)]
 
 
 @contextmanager
 def serving(guest: Guest, *options: str) -> Iterator[Disks]:
     """Disks as described, served for the length of a block; none without options."""
-    guest.run("modprobe ublk_drv")
     with guest.popen([program(), "serve", *options]) as process:
         disks = Disks(guest, process)
         disks.ready = disks.read(START_SECS)["ready"]

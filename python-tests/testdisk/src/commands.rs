@@ -14,7 +14,8 @@
 //! `"id"` says which disk; without it, the one that was started last.
 
 use std::io::BufRead;
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -27,6 +28,7 @@ use crate::report::{self, say};
 const LAST: Duration = Duration::from_secs(5);
 
 pub(crate) fn serve(options: &str) -> ExitCode {
+    load_driver();
     let mut disks = Disks::default();
     if options.is_empty() {
         say(&json!({"ready": []}));
@@ -62,6 +64,14 @@ pub(crate) fn serve(options: &str) -> ExitCode {
     }
     say(&json!({"bye": true, "leftovers": left}));
     ExitCode::SUCCESS
+}
+
+/// The first test on a machine finds it without; starting a program for it each time would cost more.
+fn load_driver() {
+    if !Path::new("/dev/ublk-control").exists() {
+        // If it fails, the start says so.
+        let _ = Command::new("modprobe").arg("ublk_drv").status();
+    }
 }
 
 fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {

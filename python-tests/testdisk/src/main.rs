@@ -4,10 +4,12 @@
 //! ublk-testdisk serve [key=value ...]     serves disks and obeys commands on stdin, see `commands`
 //! ublk-testdisk delete ID                 stops and deletes a device, whoever made it
 //! ublk-testdisk list                      the devices that the driver knows
+//! ublk-testdisk client DISK ...           uses a disk, see `client`
 //! ```
 //!
 //! Answers are JSON, one object a line. The keys of a disk are fields of [`options::Options`].
 
+mod client;
 mod commands;
 mod counts;
 mod disks;
@@ -31,7 +33,10 @@ fn main() -> ExitCode {
         Some(("serve", options)) => return commands::serve(&options.join(" ")),
         Some(("delete", [id])) => delete(id),
         Some(("list", [])) => list(),
-        _ => Err(report::wrong("usage: ublk-testdisk serve [key=value ...] | delete ID | list")),
+        Some(("client", [disk, manner, calls @ ..])) => client::run(disk, manner, calls),
+        _ => Err(report::wrong(
+            "usage: ublk-testdisk serve [key=value ...] | delete ID | list | client",
+        )),
     };
     match answer {
         Ok(answer) => {
