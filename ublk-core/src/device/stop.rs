@@ -65,6 +65,9 @@ impl Life {
                 }
                 return Err(error);
             }
+            if manner == Manner::Forced && !self.wait_answered_requests(deadline) {
+                self.revoke();
+            }
             self.remove_disk(deadline, &mut leftovers);
             self.release(&mut leftovers);
             let failed = self.lock().has_failed();
@@ -78,9 +81,38 @@ impl Life {
         Ok((ending, leftovers))
     }
 
+    /// Waits until every request that is out now was answered. False if that did not happen in time.
+    ///
+    /// STOP waits for requests inside of the kernel, with no way back, and a process that is killed in that
+    /// state, on a thread of its own STOP, never ends: the requests are aborted only when `ublkc` is closed,
+    /// which the kernel thread that runs the STOP keeps open. So STOP is not begun while a request is stuck.
+    fn wait_answered_requests(&self, deadline: Instant) -> bool {
+        // A request's end is no event: to announce each would burden them all for the sake of this.
+        const STEP: Duration = Duration::from_millis(2);
+        let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
+        loop {
+            if !self.queues().iter().zip(&then).any(|(q, then)| q.meter.still_out(then)) {
+                return true;
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.lock().has_failed() {
+                return false;
+            }
+            self.wait_until(Some(Instant::now() + left.min(STEP)), |_| false);
+        }
+    }
+
     /// Waits until nobody holds the disk and removes it in the same moment, where the kernel can do that.
     fn stop_when_free(&self, deadline: Instant) -> Result<()> {
         let id = self.info.id;
+        if !self.wait_answered_requests(deadline) && !self.lock().has_failed() {
+            let holders = self.disk_holders();
+            if !holders.is_empty() {
+                return Err(self.busy(holders));
+            }
+            // Nobody waits for what is out: writeback, or what somebody left behind.
+            self.revoke();
+        }
         let watch = Watch::on(Path::new("/dev"));
         loop {
             if self.lock().has_failed() {
@@ -117,17 +149,19 @@ impl Life {
                 return Ok(());
             }
             if Instant::now() >= deadline {
-                let list: Vec<_> = holders.iter().map(ToString::to_string).collect();
-                return Err(Error::new(ErrorKind::Busy, "stop the device")
-                    .on_device(id)
-                    .because(list.join("; "))
-                    .remedy_is(
-                        "unmount or close it first, or use stop_force to pull it from under them",
-                    )
-                    .with_holders(holders));
+                return Err(self.busy(holders));
             }
             watch.wait(Some(deadline.saturating_duration_since(Instant::now())));
         }
+    }
+
+    fn busy(&self, holders: Vec<Holder>) -> Error {
+        let list: Vec<_> = holders.iter().map(ToString::to_string).collect();
+        Error::new(ErrorKind::Busy, "stop the device")
+            .on_device(self.info.id)
+            .because(list.join("; "))
+            .remedy_is("unmount or close it first, or use stop_force to pull it from under them")
+            .with_holders(holders)
     }
 
     /// Who holds the disk; our own `/dev/ublkcN` does not.

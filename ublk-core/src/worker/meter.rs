@@ -80,6 +80,9 @@ impl OpMeter {
     }
 }
 
+/// When the requests that were out at one moment had arrived.
+pub(crate) struct Outstanding(Vec<u64>);
+
 /// One queue's counters.
 pub(crate) struct Meter {
     ops: [OpMeter; KINDS],
@@ -127,6 +130,17 @@ impl Meter {
             meter.latency[bucket(took)].add(1);
         }
         started.store(0, Ordering::Relaxed);
+    }
+
+    /// What is out now, to be compared with later.
+    pub(crate) fn outstanding(&self) -> Outstanding {
+        Outstanding(self.started.iter().map(|s| s.load(Ordering::Relaxed)).collect())
+    }
+
+    /// Whether a request that was out then still is.
+    pub(crate) fn still_out(&self, then: &Outstanding) -> bool {
+        let now = self.started.iter().map(|s| s.load(Ordering::Relaxed));
+        now.zip(&then.0).any(|(now, then)| now != 0 && now == *then)
     }
 
     /// Requests that are with the backend, and the age of the oldest.
@@ -207,9 +221,15 @@ mod tests {
         let at = |ns| Stamp::from_raw(ns).unwrap();
         meter.arrived(0, at(100));
         meter.arrived(3, at(50));
+        let then = meter.outstanding();
+        assert!(meter.still_out(&then));
         assert_eq!(meter.in_flight(at(1050)), (2, Some(Duration::from_nanos(1000))));
         meter.ended(3, Op::Read, Some(4096), at(1050));
+        assert!(meter.still_out(&then), "one of the two");
         meter.ended(0, Op::Write, None, at(1100));
+        meter.arrived(3, at(1150));
+        assert!(!meter.still_out(&then), "another one on the same tag");
+        meter.ended(3, Op::Flush, Some(0), at(1150));
         assert_eq!(meter.in_flight(at(2000)), (0, None));
         assert_eq!(meter.op(Op::Read).bytes.get(), 4096);
         assert_eq!(meter.op(Op::Write).errors.get(), 1);
