@@ -798,6 +798,25 @@ impl Gate {
 }
 
 #[test]
+fn a_handler_that_takes_for_ever_to_make_does_not_hang_the_start() {
+    nothing_is_left_by(|| {
+        let gate = Arc::new(Gate::default());
+        let theirs = Arc::clone(&gate);
+        let builder = Builder::with_handlers(MIB, Capabilities::WRITE, move |queue| {
+            if queue == 0 {
+                theirs.wait();
+            }
+            |request: Request, _: &mut QueueContext<'_>| drop(request)
+        });
+        let builder = builder.queues(2).queue_depth(8).start_timeout(Duration::from_secs(1));
+        let e = bounded("the start", move || builder.start().unwrap_err());
+        assert_eq!(e.kind(), ErrorKind::TimedOut, "{e}");
+        no_devices();
+        gate.open();
+    });
+}
+
+#[test]
 fn a_stop_waits_for_a_slow_answer_within_its_time() {
     struct Slow(Arc<Gate>, AtomicBool);
     impl Backend for Slow {

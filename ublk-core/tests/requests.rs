@@ -305,13 +305,21 @@ impl Backend for Stuck {
     }
 }
 
-fn stuck(threads: usize) {
+fn stuck(threads: usize, crowd: u64) {
     let before = Held::now();
     let gate = Arc::new(Gate::default());
     let disk = Builder::new(MIB, Stuck(Arc::clone(&gate))).threads(threads).start().unwrap();
     let client = Client::reader(disk.path());
     let reader = std::thread::spawn(move || client.read_errno(65536, BLOCK));
     eventually("the backend is stuck", || gate.2.load(Ordering::SeqCst) == 1);
+    // More come than the kernel has told the worker of; on a pool's second thread they are answered.
+    let others: Vec<_> = (0..crowd)
+        .map(|i| {
+            let client = Client::reader(disk.path());
+            std::thread::spawn(move || client.read_errno(i * 4096, BLOCK))
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(300));
     let began = Instant::now();
     let stopped = disk.stop_force(Duration::from_secs(1)).unwrap();
     assert!(began.elapsed() < SOON, "{:?}", began.elapsed());
@@ -321,6 +329,10 @@ fn stuck(threads: usize) {
         stopped.leftovers
     );
     assert_eq!(join(reader), libc::EIO);
+    for other in others {
+        let errno = join(other);
+        assert!(errno == libc::EIO || (threads > 0 && errno == 0), "{errno}");
+    }
     no_devices();
     // Another disk works while the old backend is stuck.
     let other = Builder::new(MIB, Stuck(Arc::clone(&gate))).start().unwrap();
@@ -344,12 +356,17 @@ fn before_with(before: &Held, other: &Running) {
 
 #[test]
 fn a_backend_that_is_stuck_on_its_worker_does_not_stop_the_stop() {
-    stuck(0);
+    stuck(0, 0);
+}
+
+#[test]
+fn a_backend_that_is_stuck_on_its_worker_with_a_crowd_behind_it_does_not_stop_the_stop() {
+    stuck(0, 6);
 }
 
 #[test]
 fn a_backend_that_is_stuck_on_a_pool_does_not_stop_the_stop() {
-    stuck(2);
+    stuck(2, 6);
 }
 
 #[test]
