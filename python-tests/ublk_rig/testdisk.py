@@ -87,8 +87,11 @@ class Disks:
 
     def ask(self, cmd: str, *, timeout: float = ANSWER_SECS, **fields: object) -> dict[str, Any]:
         """Send a command and wait for its answer."""
-        self.process.write_line(json.dumps({"cmd": cmd, **fields}))
+        self._send({"cmd": cmd, **fields})
         return self.read(timeout)
+
+    def _send(self, command: dict[str, object]) -> None:
+        self.process.write_line(json.dumps(command))
 
     def start(self, *options: str) -> str:
         """Start another disk (or several); the last one's path."""
@@ -112,9 +115,10 @@ class Disks:
         features: list[str] = self.ready[-1]["features"]
         return features
 
-    def arm(self, action: str, **fields: Any) -> None:
+    def arm(self, action: str, **fields: str | int) -> None:
         """Make the test backend misbehave; see `testdisk/src/rules.rs`."""
-        self.ask("arm", action=action, **fields)
+        self._send({"cmd": "arm", "action": action, **fields})
+        self.read()
 
     def heal(self) -> None:
         """No misbehaviour any more."""

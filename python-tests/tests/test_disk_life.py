@@ -1,0 +1,203 @@
+"""A device's life: many of them, stops with and without users, and servers that die."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ublk_rig import testdisk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ublk_rig.guest import Guest
+    from ublk_rig.process import Process
+
+
+def eventually(guest: Guest, true: Callable[[], bool], secs: float = 20) -> None:
+    """Something that comes by itself, without an event that could be waited for from outside."""
+    deadline = time.monotonic() + guest.scale.seconds(secs)
+    while not true():
+        assert time.monotonic() < deadline, true
+        time.sleep(0.05)
+
+
+def load(guest: Guest, disk: str) -> Process:
+    """Reads and writes until the disk fails or the program is ended."""
+    return guest.popen(
+        [
+            *("fio", "--name=l", f"--filename={disk}", "--direct=1", "--ioengine=libaio", "--rw=randrw", "--bs=4k"),
+            *("--iodepth=16", "--size=8M", "--time_based", "--runtime=600", "--thread", "--output=/dev/null"),
+        ]
+    )
+
+
+def settled(disks: testdisk.Disks) -> dict[str, Any]:
+    """What the server has when the threads have ended that end by themselves when they are idle."""
+    passing = ("ublk-ctl", "iou-wrk")
+
+    def none() -> bool:
+        return not any(name.startswith(passing) for name in disks.ask("process")["thread_names"])
+
+    eventually(disks.guest, none, 30)
+    return disks.ask("process")
+
+
+@pytest.mark.vm(smp=4)
+def test_two_hundred_devices_one_after_the_other_leave_nothing(guest: Guest) -> None:
+    with testdisk.serving(guest) as disks:
+        # What is allocated once and kept is there after the first few.
+        disks.ask("cycle", times=5, options="target=mem queues=2", timeout=60)
+        before = settled(disks)
+        disks.ask("cycle", times=200, options="target=mem queues=2", timeout=200)
+        after = settled(disks)
+        assert (after["threads"], after["fds"]) == (before["threads"], before["fds"]), (before, after)
+        assert after["maps"] <= before["maps"] + 2, (before, after)
+        # 200 devices with as little as 8 KiB each left behind would show.
+        assert after["rss_kib"] < before["rss_kib"] + 1024, (before, after)
+        assert testdisk.devices(guest) == []
+
+
+@pytest.mark.vm(smp=4)
+@pytest.mark.parametrize("workers", ["", "workers=2"])
+def test_thirty_two_disks_at_once(guest: Guest, workers: str) -> None:
+    with testdisk.serving(guest) as disks:
+        # What is made once is there then: a pool's workers for one.
+        disks.start("target=mem", *workers.split())
+        disks.stop()
+        before = settled(disks)
+        disks.start("target=mem", "count=32", "depth=16", "size=1048576", *workers.split())
+        paths = [disk["path"] for disk in disks.ready[-32:]]
+        numbers = [disk["id"] for disk in disks.ready[-32:]]
+        assert len(set(paths)) == 32
+        # Each its own contents.
+        guest.run(
+            "i=0; for d in "
+            + " ".join(paths)
+            + "; do i=$((i+1)); echo disk $i | dd of=$d conv=sync status=none; done;"
+            "i=0; for d in "
+            + " ".join(paths)
+            + '; do i=$((i+1)); read -r l < $d; [ "$l" = "disk $i" ] || exit 1; done'
+        )
+        for number in numbers:
+            assert disks.ask("stop", id=number, within=30)["stopped"]["leftovers"] == []
+        after = settled(disks)
+        assert (after["threads"], after["fds"]) == (before["threads"], before["fds"]), (before, after)
+        assert testdisk.devices(guest) == []
+
+
+@pytest.mark.vm(smp=4)
+def test_a_stop_names_the_process_that_holds_the_disk_in_time(guest: Guest) -> None:
+    with testdisk.serving(guest, "target=mem", "size=8388608") as disks, load(guest, disks.path) as fio:
+        eventually(guest, lambda: disks.stats()["write"]["completed"] > 100)
+        with pytest.raises(testdisk.Refused) as refused:
+            disks.stop(within=1)
+        assert refused.value.kind == "Busy"
+        assert any("fio" in holder for holder in refused.value.holders), refused.value.holders
+        assert refused.value.answer["secs"] < guest.scale.seconds(1) + guest.scale.seconds(3)
+        # It went on: nothing failed.
+        done = disks.stats()["write"]["completed"]
+        eventually(guest, lambda: disks.stats()["write"]["completed"] > done)
+        assert fio.poll() is None
+        fio.kill()
+        fio.wait()
+        assert disks.stop(within=20)["stopped"]["ending"] == "Stopped"
+
+
+@pytest.mark.vm(smp=4)
+def test_a_stop_names_the_mount_and_works_when_it_is_gone(guest: Guest) -> None:
+    with testdisk.serving(guest, "target=mem") as disks:
+        guest.run(f"mkfs.ext4 -q {disks.path} && mkdir -p /tmp/held && mount {disks.path} /tmp/held")
+        with pytest.raises(testdisk.Refused) as refused:
+            disks.stop(within=0.5)
+        assert refused.value.holders == ["it is mounted on /tmp/held"]
+        guest.run("echo still there > /tmp/held/file && sync /tmp/held/file && umount /tmp/held")
+        assert disks.stop(within=20)["stopped"]["leftovers"] == []
+
+
+@pytest.mark.vm(smp=4)
+@pytest.mark.parametrize(
+    "how", ["target=mem queues=4", "target=test via=async queues=2", "target=test via=backend threads=4"]
+)
+def test_a_forced_stop_under_load_is_bounded(guest: Guest, how: str) -> None:
+    with testdisk.serving(guest, *how.split(), "size=8388608") as disks, load(guest, disks.path) as fio:
+        eventually(guest, lambda: disks.stats()["write"]["completed"] > 100)
+        done = disks.stop(within=5, force=True)
+        assert done["stopped"]["leftovers"] == []
+        assert done["secs"] < guest.scale.seconds(15)
+        # The client met errors, and nothing holds it.
+        assert fio.wait(30) != 0
+        assert done["stopped"]["stats"]["in_flight"] == 0
+        assert testdisk.devices(guest) == []
+
+
+@pytest.mark.vm(smp=4)
+@pytest.mark.parametrize("action", ["leak", "hold", "stuck"])
+def test_what_a_backend_keeps_is_revoked_at_the_deadline(guest: Guest, action: str) -> None:
+    with testdisk.serving(guest, "target=test", "via=handler", "queues=1") as disks:
+        disks.arm(action, op="write", times=1)
+        with guest.popen([testdisk.program(), "client", disks.path, "direct", "write:0:4096"]) as writer:
+            eventually(guest, lambda: disks.stats()["in_flight"] == 1)
+            done = disks.stop(within=1, force=True)
+            assert done["secs"] < guest.scale.seconds(1 + 15)
+            assert '"errno":5' in writer.read_line()
+            assert writer.wait() == 0
+        stats = done["stopped"]["stats"]
+        assert testdisk.devices(guest) == []
+        if action == "stuck":
+            assert "stuck" in "".join(done["stopped"]["leftovers"])
+        else:
+            assert (stats["revoked"], done["stopped"]["leftovers"]) == (1, [])
+        released = disks.ask("release")
+        assert released == {"answered": 0, "late": 1 if action == "hold" else 0}
+        # All threads of the device are gone when the backend has let go.
+        eventually(guest, lambda: not [n for n in disks.ask("process")["thread_names"] if n.startswith("ublk0")])
+        # The next device of the process works.
+        disks.start("target=test")
+        assert disks.errnos("write:0:4096", "read:0:4096") == [0, 0]
+
+
+@pytest.mark.vm(smp=4)
+def test_held_requests_that_are_answered_in_time_succeed(guest: Guest) -> None:
+    with testdisk.serving(guest, "target=test", "via=handler") as disks:
+        disks.arm("hold", op="write", times=1)
+        with guest.popen([testdisk.program(), "client", disks.path, "direct", "write:0:4096", "read:0:4096"]) as user:
+            eventually(guest, lambda: disks.backend()["held"] == 1)
+            stats = disks.stats()
+            assert (stats["in_flight"], stats["oldest_ms"] is not None) == (1, True)
+            assert disks.ask("release") == {"answered": 1, "late": 0}
+            assert '"first":165' in user.read_line()
+            assert user.wait() == 0
+
+
+@pytest.mark.vm(smp=4)
+def test_a_device_that_somebody_else_deletes_ends_for_its_server(guest: Guest) -> None:
+    with testdisk.serving(guest, "target=mem") as disks:
+        testdisk.delete(guest, disks.ready[-1]["id"])
+        assert disks.ask("wait", within=guest.scale.seconds(20)) == {"ended": "StoppedByOthers"}
+        assert testdisk.devices(guest) == []
+
+
+@pytest.mark.vm(smp=4)
+@pytest.mark.parametrize("when", ["added", "starting", "idle", "load"])
+def test_a_killed_server_leaves_a_device_that_delete_clears(guest: Guest, when: str) -> None:
+    hold = [f"hold_at={when}", "target=test"] if when in {"added", "starting"} else ["target=mem", "size=8388608"]
+    with guest.popen([testdisk.program(), "serve", *hold]) as server:
+        first = server.read_line()
+        assert ("stage" if hold[0].startswith("hold") else "ready") in first, first
+        (device,) = testdisk.devices(guest)
+        fio = load(guest, f"/dev/ublkb{device['id']}") if when == "load" else None
+        if fio:
+            eventually(
+                guest, lambda: int(guest.run(f"awk '{{print $5}}' /sys/block/ublkb{device['id']}/stat").out) > 100
+            )
+        server.kill()
+        assert server.wait() == -9
+    if fio:
+        # Its I/O fails: nothing answers any more.
+        assert fio.wait(60) != 0
+    assert [d["id"] for d in testdisk.devices(guest)] == [device["id"]]
+    testdisk.delete(guest, device["id"])
+    assert testdisk.devices(guest) == []
