@@ -85,10 +85,13 @@ fn stop(mut disk: Running, events: &Receiver<Event>) -> ublk_core::Result<()> {
 fn watch(disk: &Running, signals: libc::sigset_t, sender: &Sender<Event>) {
     let to = sender.clone();
     thread::spawn(move || {
-        let mut number = 0;
-        // SAFETY: both pointers are to live variables of the right types.
-        while unsafe { libc::sigwait(&signals, &mut number) } == 0 && to.send(Event::Signal).is_ok()
-        {
+        loop {
+            let mut number = 0;
+            // SAFETY: both pointers are to live variables of the right types.
+            let waited = unsafe { libc::sigwait(&signals, &mut number) };
+            if waited != 0 || to.send(Event::Signal).is_err() {
+                return;
+            }
         }
     });
     let to = sender.clone();
