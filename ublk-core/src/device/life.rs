@@ -29,6 +29,8 @@ pub enum Ending {
     Stopped,
     /// Somebody else stopped or deleted it.
     StoppedByOthers,
+    /// This server let go of it by [`Running::detach`](crate::Running::detach); the disk waits for the next.
+    Detached,
     /// It was taken down because something failed; [`Device::wait`](crate::Device::wait) says what.
     Failed,
 }
