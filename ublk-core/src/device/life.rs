@@ -86,7 +86,8 @@ pub(super) struct Queue {
 pub(crate) struct Life {
     pub(super) control: Control,
     pub(super) info: DeviceInfo,
-    pub(super) params: DeviceParams,
+    /// Only a resize changes them.
+    pub(super) params: Mutex<DeviceParams>,
     pub(super) path: PathBuf,
     pub(super) generation: u32,
     pub(super) state: Mutex<State>,
@@ -123,7 +124,7 @@ impl Life {
         Arc::new_cyclic(|this| Life {
             control,
             info,
-            params,
+            params: Mutex::new(params),
             path,
             generation: fork::generation(),
             state: Mutex::new(State {

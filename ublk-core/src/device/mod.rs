@@ -22,6 +22,7 @@ mod builder;
 mod life;
 mod mend;
 mod recover;
+mod resize;
 mod running;
 mod start;
 mod stats;

@@ -20,6 +20,10 @@ use crate::sys::fork;
 pub struct Device(Arc<Life>);
 
 impl Device {
+    pub(super) fn life(&self) -> &Life {
+        &self.0
+    }
+
     /// The device's number.
     pub fn id(&self) -> u32 {
         self.0.info.id
@@ -40,9 +44,9 @@ impl Device {
         &self.0.info
     }
 
-    /// The disk's parameters.
-    pub fn params(&self) -> &DeviceParams {
-        &self.0.params
+    /// The disk's parameters, with its present size.
+    pub fn params(&self) -> DeviceParams {
+        self.0.params.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is not as it should be, though the disk works: a privilege that is missing, for instance.
