@@ -49,6 +49,8 @@ CAPABILITIES = (
     ),
     Capability("Bring-up, many devices, nothing left behind", r"life::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
+    Capability("Recovery: a disk outlives its server, and goes to the next", r"recovery::"),
+    Capability("Resizing; no scan for partitions", r"resize::"),
     Capability("Forked children hold nothing", r"fork::"),
     Capability("Requests: completed anywhere, exactly once", r"requests::"),
     Capability("Async backends on the worker's ring", r"async_ring::"),

@@ -104,14 +104,16 @@ where
 /// ```
 #[must_use]
 pub struct Builder {
-    params: ParamsBuilder,
+    pub(super) params: ParamsBuilder,
     pub(super) service: Box<dyn Service>,
-    capabilities: Capabilities,
-    read_only: bool,
+    pub(super) capabilities: Capabilities,
+    pub(super) read_only: bool,
     discard: Option<Discard>,
     max_write_zeroes: Option<u64>,
-    features: FeatureRequest,
+    pub(super) features: FeatureRequest,
     id: Option<u32>,
+    pub(super) fingerprint: u64,
+    pub(super) force: bool,
     pub(super) threads: usize,
     pub(super) workers: Option<Workers>,
     pub(super) pin: bool,
@@ -204,6 +206,8 @@ impl Builder {
             max_write_zeroes: None,
             features: FeatureRequest::default(),
             id: None,
+            fingerprint: 0,
+            force: false,
             threads: 0,
             workers: None,
             pin: true,
@@ -215,6 +219,20 @@ impl Builder {
     /// The device's number, below 2^20. Default: the lowest that is free.
     pub fn id(mut self, id: u32) -> Self {
         self.id = Some(id);
+        self
+    }
+
+    /// What tells this backend's data from another's, for instance a hash of the path of its file: the
+    /// kernel keeps it with the device, and [`recover`](Self::recover) refuses a device whose fingerprint
+    /// is another. Default 0.
+    pub fn fingerprint(mut self, fingerprint: u64) -> Self {
+        self.fingerprint = fingerprint;
+        self
+    }
+
+    /// Has [`recover`](Self::recover) take over a device also if its fingerprint is another. Default no.
+    pub fn force(mut self, force: bool) -> Self {
+        self.force = force;
         self
     }
 
@@ -294,6 +312,21 @@ impl Builder {
         self
     }
 
+    /// What this version does not serve: it would change how requests or data move.
+    pub(super) fn unserved() -> Features {
+        Features::USER_COPY
+            | Features::SUPPORT_ZERO_COPY
+            | Features::AUTO_BUF_REG
+            | Features::NEED_GET_DATA
+            | Features::BATCH_IO
+            | Features::ZONED
+            | Features::INTEGRITY
+            | Features::UNPRIVILEGED_DEV
+            | Features::SHMEM_ZC
+            | Features::IO_DESC_SIZE
+            | Features::QUIESCE
+    }
+
     /// Checks what can be checked without the kernel.
     pub(super) fn plan(&self) -> Result<Plan> {
         let invalid = |cause: String| {
@@ -313,22 +346,7 @@ impl Builder {
         if self.threads > 0 && !self.service.blocks() {
             return invalid("threads are for a backend with blocking calls".into());
         }
-        // Without these the base is what every mode that is not asked for would change.
-        let unserved = Features::USER_COPY
-            | Features::SUPPORT_ZERO_COPY
-            | Features::AUTO_BUF_REG
-            | Features::NEED_GET_DATA
-            | Features::BATCH_IO
-            | Features::ZONED
-            | Features::INTEGRITY
-            | Features::UNPRIVILEGED_DEV
-            | Features::SHMEM_ZC
-            | Features::IO_DESC_SIZE
-            | Features::USER_RECOVERY
-            | Features::USER_RECOVERY_REISSUE
-            | Features::USER_RECOVERY_FAIL_IO
-            | Features::QUIESCE;
-        let asked = self.features.require & unserved;
+        let asked = self.features.require & Self::unserved();
         if !asked.is_empty() {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because(format!("this version of the library cannot serve {asked}")));
@@ -355,8 +373,9 @@ impl Builder {
         }
         let params = params.build()?;
         let mut features = self.features;
-        features.prefer = features.prefer - unserved;
-        let add = AddDevice::new(&params).id(self.id).features(features);
+        features.prefer = features.prefer - Self::unserved();
+        let mut add = AddDevice::new(&params).id(self.id).features(features);
+        add.server_flags = self.fingerprint;
         Ok(Plan { params, add })
     }
 

@@ -29,6 +29,8 @@ pub enum Ending {
     Stopped,
     /// Somebody else stopped or deleted it.
     StoppedByOthers,
+    /// This server let go of it by [`Running::detach`](crate::Running::detach); the disk waits for the next.
+    Detached,
     /// It was taken down because something failed; [`Device::wait`](crate::Device::wait) says what.
     Failed,
 }
@@ -84,7 +86,8 @@ pub(super) struct Queue {
 pub(crate) struct Life {
     pub(super) control: Control,
     pub(super) info: DeviceInfo,
-    pub(super) params: DeviceParams,
+    /// Only a resize changes them.
+    pub(super) params: Mutex<DeviceParams>,
     pub(super) path: PathBuf,
     pub(super) generation: u32,
     pub(super) state: Mutex<State>,
@@ -121,7 +124,7 @@ impl Life {
         Arc::new_cyclic(|this| Life {
             control,
             info,
-            params,
+            params: Mutex::new(params),
             path,
             generation: fork::generation(),
             state: Mutex::new(State {

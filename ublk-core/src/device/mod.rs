@@ -12,12 +12,17 @@
 //! * [`Builder`] checks everything that can be checked without the kernel; nothing exists yet.
 //! * [`Added`]: the kernel knows the device; there is no disk, and nobody serves it.
 //! * [`Running`]: `/dev/ublkbN` is there and served. Its [`Device`] handle is for other threads.
+//! * A disk with `USER_RECOVERY` outlives its server, killed or [detached](Running::detach), and becomes the
+//!   next one's [`Running`] by [`Builder::recover`].
 //! * [`Stopped`]: the device is gone; this says how it went.
 //!
 //! Each step cleans up after itself when it fails: no device, thread, descriptor or mapping stays.
 
 mod builder;
 mod life;
+mod mend;
+mod recover;
+mod resize;
 mod running;
 mod start;
 mod stats;

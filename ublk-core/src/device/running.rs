@@ -20,6 +20,10 @@ use crate::sys::fork;
 pub struct Device(Arc<Life>);
 
 impl Device {
+    pub(super) fn life(&self) -> &Life {
+        &self.0
+    }
+
     /// The device's number.
     pub fn id(&self) -> u32 {
         self.0.info.id
@@ -40,9 +44,9 @@ impl Device {
         &self.0.info
     }
 
-    /// The disk's parameters.
-    pub fn params(&self) -> &DeviceParams {
-        &self.0.params
+    /// The disk's parameters, with its present size.
+    pub fn params(&self) -> DeviceParams {
+        self.0.params.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// What is not as it should be, though the disk works: a privilege that is missing, for instance.
@@ -206,6 +210,41 @@ impl Running {
     /// As [`Device::stop_force`]; the device comes back with the error.
     pub fn stop_force(self, within: Duration) -> Result<Stopped, StopFailed> {
         self.finish(within, Manner::Forced)
+    }
+
+    /// Lets go of a disk that has [`USER_RECOVERY`](Features::USER_RECOVERY) and leaves it to the next server,
+    /// which takes it over by [`Builder::recover`](crate::Builder::recover); in the meantime its I/O waits
+    /// (fails
+    /// with EREMOTEIO, with `USER_RECOVERY_FAIL_IO`).
+    ///
+    /// Requests that the backend has at this moment fail with EIO, or go to the next server with
+    /// `USER_RECOVERY_REISSUE`, which may then see again what was done already. The memory of the tags' buffers
+    /// stays with this process, because the kernel does not say when it has finished with it.
+    ///
+    /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
+    /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business: have them
+    /// finished, or do no harm.
+    ///
+    /// Returns once the driver is ready for the next server.
+    ///
+    /// # Errors
+    ///
+    /// The device comes back with [`ErrorKind::Unsupported`] if it cannot be recovered, shares its workers with
+    /// others, or the driver is from before Linux 6.16: it loses requests that arrive while a live server
+    /// lets go, and waits for them for ever. With [`ErrorKind::WrongState`] if it is ending.
+    /// [`ErrorKind::TimedOut`] if the driver is not ready in time or the backend is stuck; the device is let go
+    /// of all the same.
+    pub fn detach(mut self, within: Duration) -> Result<(), StopFailed> {
+        match self.device.0.detach(within) {
+            Ok(()) => {
+                self.over = true;
+                Ok(())
+            }
+            Err(error) => {
+                self.over = self.device.ending() == Some(Ending::Detached);
+                Err(StopFailed { error, device: self })
+            }
+        }
     }
 
     fn finish(mut self, within: Duration, manner: Manner) -> Result<Stopped, StopFailed> {

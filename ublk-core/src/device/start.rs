@@ -102,7 +102,8 @@ impl Added {
             self.builder.workers.is_some(),
             char_device,
         );
-        match self.bring_up(&life, deadline) {
+        let rise = Rise { builder: &self.builder, info: &self.guard.info, way: Way::Start };
+        match rise.bring_up(&life, deadline) {
             Ok(()) => {
                 self.guard.armed = false;
                 Ok(Running::new(life))
@@ -114,9 +115,25 @@ impl Added {
             }
         }
     }
+}
 
-    fn bring_up(&self, life: &Arc<Life>, deadline: Instant) -> Result<()> {
-        let id = self.id();
+/// Which command lets I/O flow once every tag is fetched.
+pub(super) enum Way {
+    /// START: the disk appears.
+    Start,
+    /// END_USER_RECOVERY: the disk has been there.
+    Recover,
+}
+
+/// From an open device to a served disk. Who calls it cleans up if it fails.
+pub(super) struct Rise<'a> {
+    pub(super) builder: &'a Builder,
+    pub(super) info: &'a DeviceInfo,
+    pub(super) way: Way,
+}
+
+impl Rise<'_> {
+    pub(super) fn bring_up(&self, life: &Arc<Life>, deadline: Instant) -> Result<()> {
         let starts = self.starts(life)?;
         let queues = starts.iter().map(|start| {
             let worker = self.worker(life, start)?;
@@ -139,11 +156,12 @@ impl Added {
         // Every fetch is submitted; one that the kernel rejects ends the wait.
         let cancel = CancelToken::new();
         life.cancel_on_failure(&cancel);
-        let started = life.control.start_dev(
-            id,
-            std::process::id().cast_signed(),
-            &Wait::until(deadline).cancelled_by(&cancel),
-        );
+        let (id, pid) = (self.info.id, std::process::id().cast_signed());
+        let wait = Wait::until(deadline).cancelled_by(&cancel);
+        let started = match self.way {
+            Way::Start => life.control.start_dev(id, pid, &wait),
+            Way::Recover => life.control.end_user_recovery(id, pid, &wait),
+        };
         match (started, life.failure()) {
             (_, Some(failure)) => return Err(failure),
             (Err(error), None) => return Err(error),
@@ -165,7 +183,7 @@ impl Added {
 
     /// What each queue's worker needs.
     fn starts(&self, life: &Arc<Life>) -> Result<Vec<Start>> {
-        let info = &self.guard.info;
+        let info = self.info;
         let file = life.char_device.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Some(file) = file.as_ref() else {
             return Err(Error::new(ErrorKind::WrongState, "start the device").on_device(info.id));
@@ -234,7 +252,7 @@ impl Added {
 
     /// The node comes by devtmpfs before START returns; where `/dev` is something else, by udev or not at all.
     fn wait_for_node(&self, life: &Life, deadline: Instant) -> Result<()> {
-        let number = std::fs::read_to_string(format!("/sys/class/block/ublkb{}/dev", self.id()));
+        let number = std::fs::read_to_string(format!("/sys/class/block/ublkb{}/dev", self.info.id));
         let number = number.unwrap_or_default();
         let right = || {
             std::fs::metadata(&life.path).is_ok_and(|m| {

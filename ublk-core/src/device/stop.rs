@@ -209,7 +209,7 @@ impl Life {
 
     /// Takes the rings from the workers, so that nothing of ours keeps the device's file open and the kernel
     /// aborts what was in progress.
-    fn condemn(&self, leftovers: &mut Leftovers) {
+    pub(super) fn condemn(&self, leftovers: &mut Leftovers) {
         let deadline = Instant::now() + PATIENCE;
         for (number, queue) in self.queues().iter().enumerate() {
             if !queue.worker.condemn(deadline) {
@@ -220,7 +220,7 @@ impl Life {
     }
 
     /// Waits for the workers to let go of the device, and ends those that are its own.
-    fn release(&self, leftovers: &mut Leftovers) {
+    pub(super) fn release(&self, leftovers: &mut Leftovers) {
         if !self.wait_released(Instant::now() + PATIENCE) {
             self.condemn(leftovers);
         }

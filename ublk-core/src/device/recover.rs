@@ -1,0 +1,288 @@
+//! Taking over a disk whose server is gone, and letting go of one for the next server.
+//!
+//! A disk with USER_RECOVERY outlives its server: the driver quiesces it (or fails its I/O) when the
+//! server's `/dev/ublkcN` is released. The next server announces itself (START_USER_RECOVERY), opens, maps and
+//! fetches as at a start, and lets I/O flow (END_USER_RECOVERY). Nothing on this way deletes or stops the
+//! device: a recovery that fails, or is killed, leaves it to the next.
+
+use std::path::PathBuf;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use super::builder::Builder;
+use super::life::{Ending, Life, PATIENCE, Phase, from_now};
+use super::mend;
+use super::running::Running;
+use super::start::{Rise, Way};
+use crate::backend::Capabilities;
+use crate::control::{Control, DeviceInfo, DeviceParams, DeviceState, Features, SECTOR, Wait};
+use crate::error::{Error, ErrorKind, Result};
+use crate::sys::fork::OwnFd;
+
+const ATTEMPT: &str = "recover the device";
+/// How long a server that seems to live is given: one that was killed is found alive until it has been
+/// taken apart.
+const GRACE: Duration = Duration::from_secs(2);
+const POLL: Duration = Duration::from_millis(20);
+
+impl Builder {
+    /// Takes over a device whose server is gone: one that was added with
+    /// [`USER_RECOVERY`](Features::USER_RECOVERY).
+    ///
+    /// The disk stays as it is: queues, depth, block sizes, limits and features are the kernel's, and what the
+    /// builder says of them does not count. But the size has to be the same (the present one, if the disk was
+    /// resized), as has the [`fingerprint`](Self::fingerprint); a logical block size other than the default
+    /// and required features are compared; and the backend has to be able to do what the disk advertises. So
+    /// does its volatile cache: to a disk without one no flushes are sent.
+    ///
+    /// A former server that is just ending is waited for until [`start_timeout`](Self::start_timeout). Drivers
+    /// before 6.16 need up to 30 seconds to notice a server's end if it had a request on every tag of a
+    /// queue.
+    ///
+    /// If this fails, the device is as before and can be recovered again.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::NoSuchDevice`]; [`ErrorKind::Busy`] while its server lives; [`ErrorKind::WrongState`] if it
+    /// was added without USER_RECOVERY or has no disk; [`ErrorKind::InvalidParameter`] if it is not the
+    /// device that the builder describes; [`ErrorKind::Unsupported`] for features that this library does
+    /// not serve, and with [`workers`](Self::workers): the queues of a recovery that fails could not be taken
+    /// back from a shared worker.
+    pub fn recover(self, id: u32, control: &Control) -> Result<Running> {
+        self.plan()?;
+        if self.workers.is_some() {
+            return Err(Error::new(ErrorKind::Unsupported, ATTEMPT)
+                .on_device(id)
+                .because("a recovered device needs workers of its own"));
+        }
+        let deadline = from_now(self.start_timeout);
+        let info = control.get_dev_info(id)?;
+        // Those of a device that was never started may be missing.
+        check_state(&info)?;
+        let params = control.get_params(id)?;
+        self.check(&info, &params).map_err(|e| e.on_device(id))?;
+        let char_device = take(control, id, deadline)?;
+        let mut info = control.get_dev_info(id)?;
+        info.capacity = Some(params.capacity());
+        let pool = self.service.start(self.threads, &format!("ublk{id}-pool"))?;
+        let life = Life::new(
+            control.clone(),
+            info,
+            params,
+            PathBuf::from(format!("/dev/ublkb{id}")),
+            pool,
+            false,
+            char_device,
+        );
+        match (Rise { builder: &self, info: &life.info, way: Way::Recover }
+            .bring_up(&life, deadline))
+        {
+            Ok(()) => Ok(Running::new(life)),
+            Err(error) => {
+                life.undo_recovery();
+                Err(error)
+            }
+        }
+    }
+
+    /// Whether the device is the one that is described here.
+    fn check(&self, info: &DeviceInfo, params: &DeviceParams) -> Result<()> {
+        let other =
+            |cause: String| Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT).because(cause));
+        let alien = info.features & Self::unserved();
+        if !alien.is_empty() {
+            return Err(Error::new(ErrorKind::Unsupported, ATTEMPT)
+                .because(format!("the device has {alien}, which this library cannot serve")));
+        }
+        self.features.check(info.features)?;
+        if info.server_flags != self.fingerprint && !self.force {
+            return Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT)
+                .because(format!(
+                    "it is another backend's: its fingerprint is {:#x}, this one's {:#x}",
+                    info.server_flags, self.fingerprint
+                ))
+                .remedy_is("recover it with the backend that it was made for, or force it"));
+        }
+        let (asked, default) = (self.params.build()?, DeviceParams::builder(SECTOR).build()?);
+        if params.capacity() != asked.capacity() {
+            return other(format!(
+                "the disk has {} bytes, not {}",
+                params.capacity(),
+                asked.capacity()
+            ));
+        }
+        let (block, said) = (params.logical_block_size(), asked.logical_block_size());
+        if said != default.logical_block_size() && said != block {
+            return other(format!("the disk's logical blocks have {block} bytes, not {said}"));
+        }
+        let write = self.capabilities.contains(Capabilities::WRITE) && !self.read_only;
+        let can = |capability| write && self.capabilities.contains(capability);
+        let lacks = |what: &str| other(format!("the disk {what}, the backend cannot"));
+        if !params.read_only() && !write {
+            return lacks("can be written");
+        }
+        if params.fua() && !can(Capabilities::FUA) {
+            return lacks("takes FUA writes");
+        }
+        if params.discard().is_some() && !can(Capabilities::DISCARD) {
+            return lacks("takes discards");
+        }
+        if params.max_write_zeroes_bytes() > 0 && !can(Capabilities::WRITE_ZEROES) {
+            return lacks("takes writes of zeroes");
+        }
+        if !params.read_only() && params.volatile_cache() != can(Capabilities::FLUSH) {
+            return other(format!(
+                "the disk {} a volatile cache, the backend {}",
+                if params.volatile_cache() { "has" } else { "has not" },
+                if params.volatile_cache() { "has not" } else { "has" }
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Refuses what will not be recoverable however long one waits.
+fn check_state(info: &DeviceInfo) -> Result<()> {
+    let wrong =
+        |cause| Err(Error::new(ErrorKind::WrongState, ATTEMPT).on_device(info.id).because(cause));
+    if !info.features.contains(Features::USER_RECOVERY) {
+        return wrong("it was added without USER_RECOVERY");
+    }
+    match info.state {
+        DeviceState::Dead => wrong("it has no disk: it was never started, or was stopped"),
+        _ => Ok(()),
+    }
+}
+
+/// Opens the device once its former server is gone and the driver ready for another.
+fn take(control: &Control, id: u32, deadline: Instant) -> Result<OwnFd> {
+    let patience = Instant::now() + GRACE;
+    let mut mended = !mend::is_needed(control);
+    loop {
+        let info = control.get_dev_info(id)?;
+        check_state(&info)?;
+        let now = Instant::now();
+        if info.state == DeviceState::Live
+            && now >= patience
+            && let Some(pid) = info.server_pid.filter(|&pid| is_alive(pid))
+        {
+            return Err(Error::new(ErrorKind::Busy, ATTEMPT)
+                .on_device(id)
+                .because(format!("process {pid} serves it")));
+        }
+        match try_take(control, &info, &mut mended) {
+            Err(e) if e.kind() == ErrorKind::Busy && now < deadline => std::thread::sleep(POLL),
+            taken => return taken,
+        }
+    }
+}
+
+fn try_take(control: &Control, info: &DeviceInfo, mended: &mut bool) -> Result<OwnFd> {
+    let at_once = Wait::for_(Duration::ZERO);
+    if info.state == DeviceState::Live {
+        return Err(Error::new(ErrorKind::Busy, ATTEMPT)
+            .on_device(info.id)
+            .because("the driver has not finished with its former server"));
+    }
+    if !*mended {
+        let file = control.open_char_device(info.id, &at_once)?;
+        mend::complete_fetches(control, info, file)?;
+        *mended = true;
+    }
+    control.start_user_recovery(info.id)?;
+    // Another recovery may come first; then the whole turn is its.
+    control.open_char_device(info.id, &at_once)
+}
+
+/// Whether a process is there and has not ended. If it cannot be seen, it is not.
+fn is_alive(pid: i32) -> bool {
+    let Ok(stat) = std::fs::read_to_string(format!("/proc/{pid}/stat")) else { return false };
+    // The name, in parentheses, may contain anything.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    !matches!(state, Some('Z' | 'X') | None)
+}
+
+impl Life {
+    /// After a failed recovery: everything but the device, which the driver quiesces again.
+    fn undo_recovery(&self) {
+        self.lock().phase = Phase::Ending;
+        self.wait_answered(Instant::now() + PATIENCE);
+        self.let_go();
+        // A handle of it that somebody kept must not delete what is the next server's.
+        self.lock().deleted = true;
+        self.set_ended(Ending::Failed);
+    }
+
+    /// Closes everything that the driver waits for before it lets another server in. That comes last of all:
+    /// a write that a thread of ours is still making must not meet those of the next server. False if such a
+    /// thread does not end; then the device is this process's for as long as it lives.
+    fn let_go(&self) -> bool {
+        let file = self.char_device.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut leftovers = Vec::new();
+        self.condemn(&mut leftovers);
+        self.release(&mut leftovers);
+        for what in &leftovers {
+            tracing::warn!(
+                device = self.info.id,
+                "the device is kept from the next server: {what}"
+            );
+        }
+        if !leftovers.is_empty() {
+            std::mem::forget(file);
+        }
+        leftovers.is_empty()
+    }
+
+    pub(super) fn detach(&self, within: Duration) -> Result<()> {
+        const ATTEMPT: &str = "let go of the device";
+        let refuse = |kind, cause: &'static str| {
+            Err(Error::new(kind, ATTEMPT).on_device(self.info.id).because(cause))
+        };
+        self.check_process(ATTEMPT)?;
+        self.check_thread(ATTEMPT)?;
+        if !self.info.features.contains(Features::USER_RECOVERY) {
+            return refuse(ErrorKind::Unsupported, "it was added without USER_RECOVERY");
+        }
+        if self.shared_workers {
+            return refuse(
+                ErrorKind::Unsupported,
+                "its workers serve other devices, from which it cannot be taken apart",
+            );
+        }
+        // Before, a request that the driver hands to a thread which has closed its ring and lives on was
+        // aborted by nobody, and the driver waited for it under its lock. A server that is killed has no such
+        // thread.
+        if !self.info.features.contains(Features::PER_IO_DAEMON) {
+            return refuse(
+                ErrorKind::Unsupported,
+                "the kernel's driver lacks PER_IO_DAEMON (since Linux 6.16)",
+            );
+        }
+        let deadline = from_now(within);
+        {
+            let mut state = self.lock();
+            if state.phase != Phase::Live || state.has_failed() {
+                return refuse(ErrorKind::WrongState, "it is ending, or has ended");
+            }
+            state.phase = Phase::Ending;
+            state.deleted = true;
+        }
+        let free = self.let_go();
+        self.set_ended(Ending::Detached);
+        if !free {
+            return refuse(
+                ErrorKind::TimedOut,
+                "the backend is stuck; the next server has to wait for this process to end",
+            );
+        }
+        while self.control.get_dev_info(self.info.id)?.state == DeviceState::Live {
+            if Instant::now() >= deadline {
+                return Err(Error::new(ErrorKind::TimedOut, ATTEMPT)
+                    .on_device(self.info.id)
+                    .because("the driver has not finished with this server"));
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,466 @@
+//! Disks that outlive their servers, on a real kernel: killed under load, taken over, and never lost on the
+//! way.
+
+#[path = "recovering/clients.rs"]
+mod clients;
+mod disk;
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+use std::{fs, io};
+
+use clients::Clients;
+use disk::{Client, SOON, Server, bounded, devices, eventually, no_devices};
+use ublk_core::control::{Control, DeviceState, Features, Wait};
+use ublk_core::{
+    Backend, Builder, Capabilities, Device, Ending, Errno, ErrorKind, QueueContext, Request,
+    RequestFlags, Running, Workers,
+};
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 4 * MIB;
+const PRINT: u64 = 0xfeed_0000_beef;
+
+const PLAIN: Features = Features::USER_RECOVERY;
+
+/// The features of a mode.
+fn mode(name: &str) -> Features {
+    match name {
+        "plain" => PLAIN,
+        "reissue" => PLAIN | Features::USER_RECOVERY_REISSUE,
+        "fail-io" => PLAIN | Features::USER_RECOVERY_FAIL_IO,
+        other => panic!("no mode {other}"),
+    }
+}
+
+/// A file that outlives the server, slow enough that a kill meets requests.
+struct Slow(File);
+
+impl Slow {
+    fn open(path: &Path) -> Self {
+        Slow(File::options().read(true).write(true).open(path).unwrap())
+    }
+}
+
+impl Backend for Slow {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::WRITE
+    }
+    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read_exact_at(buf, offset).map(|()| buf.len())
+    }
+    fn write(&self, data: &[u8], offset: u64, _: RequestFlags) -> io::Result<usize> {
+        std::thread::sleep(Duration::from_micros(300));
+        self.0.write_all_at(data, offset).map(|()| data.len())
+    }
+}
+
+fn builder(path: &Path) -> Builder {
+    Builder::new(SIZE, Slow::open(path)).queue_depth(16).fingerprint(PRINT).threads(4)
+}
+
+/// The file behind a test's disk, gone with the test.
+struct Store(PathBuf);
+
+impl Store {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("ublk-{name}-{}", std::process::id()));
+        File::create(&path).unwrap().set_len(SIZE).unwrap();
+        Store(path)
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn two_cpus() -> bool {
+    std::thread::available_parallelism().unwrap().get() >= 2
+}
+
+/// Whether the kernel has the features of a mode.
+fn has(features: Features) -> bool {
+    Control::open().unwrap().features().is_some_and(|f| f.contains(features))
+}
+
+/// Not a test of its own: the servers that the tests below start and kill.
+#[test]
+fn server_process() {
+    let Some(role) = disk::role() else { return };
+    let words: Vec<&str> = role.split(' ').collect();
+    let control = Control::open().unwrap();
+    let _kept = match words[..] {
+        ["serve", name, path] => {
+            builder(Path::new(path)).queues(2).require(mode(name)).add(&control).unwrap().start()
+        }
+        ["recover", id, path] => {
+            builder(Path::new(path)).start_timeout(SOON).recover(id.parse().unwrap(), &control)
+        }
+        ["hold", id, name] => {
+            let hold = |_| {
+                let mut held = Vec::new();
+                move |request: Request, _: &mut QueueContext<'_>| {
+                    // Who looks for partitions keeps others from opening the disk.
+                    if request.offset() < MIB {
+                        let _ = request.complete(Ok::<(), Errno>(()));
+                        return;
+                    }
+                    held.push(request);
+                    disk::say("held");
+                }
+            };
+            let builder = Builder::with_handlers(SIZE, Capabilities::WRITE, hold)
+                .queue_depth(4)
+                .fingerprint(PRINT);
+            match id.parse() {
+                Ok(id) => builder.recover(id, &control),
+                Err(_) => builder.require(mode(name)).start(),
+            }
+        }
+        // A recovery that never ends: one queue's worker does not come to its fetches.
+        ["stuck", id, queue] => {
+            let stuck: u16 = queue.parse().unwrap();
+            Builder::with_handlers(SIZE, Capabilities::WRITE, move |queue| {
+                if queue == stuck {
+                    // The other queue's are given time.
+                    std::thread::sleep(Duration::from_millis(300));
+                    disk::say("stuck");
+                    disk::idle();
+                }
+                |request: Request, _: &mut QueueContext<'_>| drop(request)
+            })
+            .fingerprint(PRINT)
+            .recover(id.parse().unwrap(), &control)
+        }
+        _ => panic!("no role {role}"),
+    };
+    let running = _kept.unwrap();
+    disk::say(&format!("ready {}", running.id()));
+    // Some are killed here; the others are told to let go.
+    disk::go_ahead();
+    running.detach(SOON).unwrap();
+    disk::say("detached");
+    disk::idle();
+}
+
+fn child(role: &str) -> Server {
+    Server::start("server_process", role)
+}
+
+fn serve(name: &str, store: &Store) -> (Server, u32) {
+    let mut server = child(&format!("serve {name} {}", store.0.display()));
+    let id = server.hear("ready").parse().unwrap();
+    (server, id)
+}
+
+fn killed(mut server: Server) {
+    server.kill();
+    server.wait();
+}
+
+fn disk_of(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+fn waits_for_a_server(id: u32) {
+    let control = Control::open().unwrap();
+    eventually("the driver notices", || {
+        matches!(
+            control.get_dev_info(id).unwrap().state,
+            DeviceState::Quiesced | DeviceState::FailIo
+        )
+    });
+}
+
+fn recover(id: u32, builder: Builder) -> ublk_core::Result<Running> {
+    bounded("a recovery", move || {
+        builder.start_timeout(SOON - Duration::from_secs(10)).recover(id, &Control::open().unwrap())
+    })
+}
+
+fn stop(disk: Running) {
+    assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
+    no_devices();
+}
+
+fn works(disk: &Device) {
+    let client = Client::open(disk.path());
+    client.write(SIZE - 4096, &[9; 4096]).unwrap();
+    assert_eq!(client.read(SIZE - 4096, 4096).unwrap(), [9; 4096]);
+}
+
+/// Kills the server again and again under clients that check what they read. Returns the errors that they saw.
+fn killed_under_load(name: &str, kills: u32) -> u64 {
+    let store = Store::new(name);
+    let (mut server, id) = serve(name, &store);
+    let clients = Clients::start(&disk_of(id), 8, (SIZE - MIB) / 8);
+    for _ in 0..kills {
+        clients.advance(10);
+        killed(server);
+        server = child(&format!("recover {id} {}", store.0.display()));
+        assert_eq!(server.hear("ready").parse::<u32>().unwrap(), id);
+    }
+    clients.advance(10);
+    let errors = clients.stop();
+    killed(server);
+    let disk = recover(id, builder(&store.0)).unwrap();
+    assert_eq!(disk.state().unwrap(), DeviceState::Live);
+    works(&disk);
+    stop(disk);
+    errors
+}
+
+#[test]
+fn ten_kills_fail_only_what_the_server_had_and_lose_nothing() {
+    let errors = killed_under_load("plain", 10);
+    println!("{errors} requests failed");
+    assert!((1..=80).contains(&errors), "{errors}");
+}
+
+#[test]
+fn ten_kills_with_reissue_fail_nothing() {
+    assert_eq!(killed_under_load("reissue", 10), 0);
+}
+
+/// From one live process to the next. The former one lives on, so that nothing is owed to its end.
+#[test]
+fn ten_handovers_with_reissue_fail_nothing() {
+    if !has(Features::PER_IO_DAEMON) {
+        return;
+    }
+    let store = Store::new("handover");
+    let (mut server, id) = serve("reissue", &store);
+    let clients = Clients::start(&disk_of(id), 8, (SIZE - MIB) / 8);
+    for _ in 0..10 {
+        clients.advance(10);
+        server.child.stdin.take().unwrap().write_all(b"x").unwrap();
+        let mut next = child(&format!("recover {id} {}", store.0.display()));
+        server.hear("detached");
+        next.hear("ready");
+        server = next;
+    }
+    clients.advance(10);
+    assert_eq!(clients.stop(), 0);
+    killed(server);
+    stop(recover(id, builder(&store.0)).unwrap());
+}
+
+#[test]
+fn ten_kills_with_fail_io_lose_nothing() {
+    if !has(mode("fail-io")) {
+        let store = Store::new("refused");
+        let e = builder(&store.0).require(mode("fail-io")).start().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("USER_RECOVERY_FAIL_IO (since Linux 6.13)"), "{e}");
+        assert_eq!(devices(), []);
+        return;
+    }
+    println!("{} requests failed", killed_under_load("fail-io", 10));
+}
+
+#[test]
+fn with_fail_io_nobody_waits_while_there_is_no_server() {
+    if !has(mode("fail-io")) {
+        return;
+    }
+    let store = Store::new("nobody-waits");
+    let (server, id) = serve("fail-io", &store);
+    let client = Client::open(&disk_of(id));
+    killed(server);
+    waits_for_a_server(id);
+    // Of what the server has at its end, EIO; of what comes later, this.
+    assert_eq!(client.read_errno(0, 4096), libc::EREMOTEIO);
+    assert_eq!(client.write_errno(0, &[1; 4096]), libc::EREMOTEIO);
+    let disk = recover(id, builder(&store.0)).unwrap();
+    client.write(0, &[1; 4096]).unwrap();
+    drop(client);
+    stop(disk);
+}
+
+/// Killed with a request on every tag, which drivers before 6.16 notice by the timeout of requests only.
+fn killed_with_every_tag(name: &str) -> Vec<i32> {
+    let store = Store::new(name);
+    let mut server = child(&format!("hold - {name}"));
+
+    let id: u32 = server.hear("ready").parse().unwrap();
+    let clients: Vec<_> = (0..4)
+        .map(|i| {
+            let path = disk_of(id);
+            std::thread::spawn(move || Client::reader(&path).read_errno(MIB + i * 4096, 4096))
+        })
+        .collect();
+    for _ in 0..4 {
+        server.hear("held");
+    }
+    killed(server);
+    let disk = recover(id, builder(&store.0)).unwrap();
+    let errnos = bounded("the clients' end", move || {
+        clients.into_iter().map(|c| c.join().unwrap()).collect()
+    });
+    stop(disk);
+    errnos
+}
+
+#[test]
+fn a_full_server_killed_is_recovered() {
+    assert_eq!(killed_with_every_tag("reissue"), [0; 4]);
+    assert_eq!(killed_with_every_tag("plain"), [libc::EIO; 4]);
+}
+
+#[test]
+fn a_recovery_that_is_killed_can_be_recovered() {
+    if !two_cpus() {
+        println!("needs two CPUs, for two queues");
+        return;
+    }
+    let store = Store::new("twice");
+    let (server, id) = serve("reissue", &store);
+    let client = Client::open(&disk_of(id));
+    client.write(0, &[3; 4096]).unwrap();
+    killed(server);
+    // A former server with no fetch, with those of the first queue, with those of the second.
+    for queue in ["0", "1", "0", "1"] {
+        let mut stuck = child(&format!("stuck {id} {queue}"));
+        stuck.hear("stuck");
+        killed(stuck);
+    }
+    // At any other moment.
+    for delay in 0..8 {
+        let mut server = child(&format!("recover {id} {}", store.0.display()));
+        std::thread::sleep(Duration::from_millis(delay * 25));
+        server.kill();
+        server.wait();
+    }
+    let disk = recover(id, builder(&store.0)).unwrap();
+    assert_eq!(client.read(0, 4096).unwrap(), [3; 4096]);
+    drop(client);
+    stop(disk);
+}
+
+#[test]
+fn a_recovery_that_fails_leaves_the_device_to_the_next() {
+    let store = Store::new("fails");
+    let (server, id) = serve("plain", &store);
+    killed(server);
+    for planted in [0, u16::MAX] {
+        let failing = Builder::with_handlers(SIZE, Capabilities::WRITE, move |queue| {
+            assert!(queue != planted && planted != u16::MAX, "planted");
+            |request: Request, _: &mut QueueContext<'_>| drop(request)
+        });
+        let e = recover(id, failing.fingerprint(PRINT)).unwrap_err();
+        assert!(e.to_string().contains("panicked"), "{e}");
+        waits_for_a_server(id);
+    }
+    let disk = recover(id, builder(&store.0)).unwrap();
+    works(&disk);
+    // What was recovered is deleted by a drop, like any other.
+    drop(disk);
+    no_devices();
+}
+
+#[test]
+fn who_may_not_recover_a_device_is_told_why() {
+    let store = Store::new("refusals");
+    let (server, id) = serve("plain", &store);
+    let refused = |builder: Builder, kind, words: &str| {
+        let e = recover(id, builder).unwrap_err();
+        assert_eq!(e.kind(), kind, "{e}");
+        assert!(e.to_string().contains(words), "{e}");
+    };
+    let ours = || builder(&store.0);
+    refused(ours(), ErrorKind::Busy, &format!("process {}", server.child.id()));
+    killed(server);
+    refused(ours().fingerprint(5), ErrorKind::InvalidParameter, "fingerprint is 0xfeed0000beef");
+    let small = Builder::new(MIB, Slow::open(&store.0)).fingerprint(PRINT);
+    refused(small, ErrorKind::InvalidParameter, "4194304 bytes, not 1048576");
+    refused(ours().logical_block_size(4096), ErrorKind::InvalidParameter, "512 bytes, not 4096");
+    refused(ours().read_only(true), ErrorKind::InvalidParameter, "can be written");
+    let reissue = Features::USER_RECOVERY_REISSUE;
+    refused(ours().require(PLAIN | reissue), ErrorKind::Unsupported, "USER_RECOVERY_REISSUE");
+    let pool = Workers::new(1).unwrap();
+    refused(ours().workers(&pool), ErrorKind::Unsupported, "workers of its own");
+    let cached = Builder::with_handlers(SIZE, Capabilities::WRITE | Capabilities::FLUSH, |_| {
+        |request: Request, _: &mut QueueContext<'_>| drop(request)
+    });
+    refused(cached.fingerprint(PRINT), ErrorKind::InvalidParameter, "volatile cache");
+    let disk = recover(id, ours().fingerprint(5).force(true)).unwrap();
+    works(&disk);
+    stop(disk);
+    refused(ours(), ErrorKind::NoSuchDevice, "");
+}
+
+#[test]
+fn a_device_without_recovery_or_without_a_disk_is_refused() {
+    let store = Store::new("without");
+    let disk = builder(&store.0).start().unwrap();
+    let e = recover(disk.id(), builder(&store.0)).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::WrongState);
+    assert!(e.to_string().contains("without USER_RECOVERY"), "{e}");
+    let failed = disk.detach(SOON).unwrap_err();
+    assert_eq!(failed.error.kind(), ErrorKind::Unsupported, "{}", failed.error);
+    works(&failed.device);
+    stop(failed.device);
+    let control = Control::open().unwrap();
+    let added = builder(&store.0).require(PLAIN).add(&control).unwrap();
+    let e = recover(added.id(), builder(&store.0)).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::WrongState);
+    assert!(e.to_string().contains("has no disk"), "{e}");
+    drop(added);
+    no_devices();
+}
+
+#[test]
+fn a_disk_that_nobody_recovers_is_deleted() {
+    let store = Store::new("unwanted");
+    let (server, id) = serve("plain", &store);
+    killed(server);
+    waits_for_a_server(id);
+    bounded("the deletion", move || {
+        Control::open().unwrap().delete(id, &Wait::for_(SOON)).unwrap();
+    });
+    no_devices();
+}
+
+#[test]
+fn a_detached_disk_waits_for_its_next_server() {
+    static READ: AtomicBool = AtomicBool::new(false);
+    let store = Store::new("detached");
+    let disk = builder(&store.0).require(PLAIN).start().unwrap();
+    works(&disk);
+    if !has(Features::PER_IO_DAEMON) {
+        let failed = disk.detach(SOON).unwrap_err();
+        assert_eq!(failed.error.kind(), ErrorKind::Unsupported);
+        assert!(failed.error.to_string().contains("PER_IO_DAEMON (since Linux 6.16)"));
+        works(&failed.device);
+        stop(failed.device);
+        return;
+    }
+    let handle = disk.handle();
+    let id = handle.id();
+    bounded("the detach", move || disk.detach(SOON).unwrap());
+    assert_eq!(handle.ending(), Some(Ending::Detached));
+    assert_eq!(handle.state().unwrap(), DeviceState::Quiesced);
+    // A handle that is left over does not delete what is the next server's.
+    handle.stop_force(SOON).unwrap();
+    assert_eq!(devices(), [id]);
+    let client = std::thread::spawn(move || {
+        let data = Client::open(&disk_of(id)).read(SIZE - 4096, 4096);
+        READ.store(true, Ordering::SeqCst);
+        data
+    });
+    let end = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < end {
+        assert!(!READ.load(Ordering::SeqCst), "there is nobody who could have answered");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let disk = recover(id, builder(&store.0)).unwrap();
+    assert_eq!(client.join().unwrap().unwrap(), [9; 4096]);
+    assert_eq!(disk.stats().total().rejected, 0);
+    stop(disk);
+}
