@@ -657,6 +657,8 @@ fn server_process() {
                 }
             })
             .queue_depth(8)
+            // A held scan of the partitions would keep everybody from opening the disk.
+            .prefer(Features::NO_AUTO_PART_SCAN)
             .start()
             .unwrap();
             on.store(true, Ordering::Relaxed);
@@ -735,7 +737,8 @@ fn killed_with_requests(requests: u64) {
     let clients: Vec<_> = (0..requests)
         .map(|i| {
             let client = Client::reader(Path::new(&format!("/dev/ublkb{id}")));
-            std::thread::spawn(move || client.read_errno(i * 4096, 4096))
+            // Apart, so that the block layer does not merge them.
+            std::thread::spawn(move || client.read_errno(i * 8192, 4096))
         })
         .collect();
     for _ in 0..requests {

@@ -19,6 +19,8 @@ use ublk_core::{
 
 const MIB: u64 = 1 << 20;
 const BLOCK: usize = 4096;
+/// Where clients read at the same time, so that the block layer does not merge what they ask for.
+const APART: u64 = 8192;
 
 /// A disk whose requests go to `handle` once it is `on`; before (while the partition table is looked for, or
 /// udev looks at it) they are answered with zeroes.
@@ -221,11 +223,11 @@ fn a_leaked_request_grows_old_and_a_forced_stop_revokes_it_at_its_deadline() {
 fn requests_held_across_a_stop_are_gone_and_their_memory_stays_their_own() {
     let before_all = Held::now();
     let (disk, requests) = channeled(8);
-    let writers: Vec<_> = (0..4).map(|i| disk.write(i * 4096, vec![i as u8 + 1; BLOCK])).collect();
-    let readers: Vec<_> = (4..8).map(|i| disk.read(i * 4096, BLOCK)).collect();
+    let writers: Vec<_> = (0..4).map(|i| disk.write(i * APART, vec![i as u8 + 1; BLOCK])).collect();
+    let readers: Vec<_> = (4..8).map(|i| disk.read(i * APART, BLOCK)).collect();
     let mut held: Vec<Request> = (0..8).map(|_| next(&requests)).collect();
     let expected: BTreeMap<u64, u8> =
-        (0..4).map(|i| (i * 4096, u8::try_from(i).unwrap() + 1)).collect();
+        (0..4).map(|i| (i * APART, u8::try_from(i).unwrap() + 1)).collect();
     let stopped = disk.disk.stop_force(Duration::from_secs(1)).unwrap();
     assert_eq!(stopped.stats.total().revoked, 8);
     for client in writers {
@@ -316,7 +318,7 @@ fn stuck(threads: usize, crowd: u64) {
     let others: Vec<_> = (0..crowd)
         .map(|i| {
             let client = Client::reader(disk.path());
-            std::thread::spawn(move || client.read_errno(i * 4096, BLOCK))
+            std::thread::spawn(move || client.read_errno(i * APART, BLOCK))
         })
         .collect();
     std::thread::sleep(Duration::from_millis(300));
@@ -372,7 +374,7 @@ fn a_backend_that_is_stuck_on_a_pool_does_not_stop_the_stop() {
 #[test]
 fn no_two_requests_share_memory() {
     let (disk, requests) = channeled(32);
-    let clients: Vec<_> = (0..32).map(|i| disk.read(i * 4096, BLOCK)).collect();
+    let clients: Vec<_> = (0..32).map(|i| disk.read(i * APART, BLOCK)).collect();
     let mut all: Vec<Request> = (0..32).map(|_| next(&requests)).collect();
     let mut ranges: Vec<(usize, usize)> = all
         .iter_mut()
@@ -660,7 +662,7 @@ fn of_a_completion_and_a_stop_exactly_one_answers() {
     // Requests are completed by many threads in the very moment in which they are revoked.
     for round in 0..10u32 {
         let (disk, requests) = channeled(16);
-        let clients: Vec<_> = (0..16).map(|i| disk.read(i * 4096, BLOCK)).collect();
+        let clients: Vec<_> = (0..16).map(|i| disk.read(i * APART, BLOCK)).collect();
         let held: Vec<Request> = (0..16).map(|_| next(&requests)).collect();
         let completers: Vec<_> = held
             .into_iter()
