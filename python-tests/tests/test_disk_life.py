@@ -89,6 +89,16 @@ def test_thirty_two_disks_at_once(guest: Guest, workers: str) -> None:
 
 
 @pytest.mark.vm(smp=4)
+def test_a_disk_on_a_shared_worker_goes_while_its_neighbours_are_idle(guest: Guest) -> None:
+    """io_uring before 6.13 keeps a registered file as long as older commands of other files are in flight."""
+    with testdisk.serving(guest) as disks:
+        disks.start("target=mem", "count=3", "workers=1")
+        for disk in (disks.ready[1], disks.ready[0], disks.ready[2]):
+            assert disks.ask("stop", id=disk["id"], within=30)["stopped"]["leftovers"] == []
+        assert testdisk.devices(guest) == []
+
+
+@pytest.mark.vm(smp=4)
 def test_a_stop_names_the_process_that_holds_the_disk_in_time(guest: Guest) -> None:
     with testdisk.serving(guest, "target=mem", "size=8388608") as disks, load(guest, disks.path) as fio:
         eventually(guest, lambda: disks.stats()["write"]["completed"] > 100)

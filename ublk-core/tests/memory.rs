@@ -5,6 +5,7 @@ mod disk;
 use std::time::{Duration, Instant};
 
 use disk::{Aligned, Client, SOON, no_devices, resident_bytes};
+use ublk_core::control::Features;
 use ublk_core::targets::Null;
 
 const MIB: u64 = 1 << 20;
@@ -54,9 +55,12 @@ fn a_queues_buffers_cost_nothing_before_and_give_their_memory_back_after() {
     // 128 buffers of 512 KiB are 64 MiB.
     assert!(started < before + 8 * MIB, "{before} {started}");
     load(disk.path());
-    // The clients' own memory is freed by now; what is left is the buffers'.
-    let end = falls_below(started + 8 * MIB);
-    assert_eq!(end, Ok(()), "started with {started}");
+    // Older drivers may fill a buffer at any moment, so that none can be given back.
+    if disk.features().contains(Features::PER_IO_DAEMON) {
+        // The clients' own memory is freed by now; what is left is the buffers'.
+        let end = falls_below(started + 8 * MIB);
+        assert_eq!(end, Ok(()), "started with {started}");
+    }
     // And the disk works on, with fresh memory.
     let client = Client::open(disk.path());
     assert!(client.read(0, 1 << 20).unwrap().iter().all(|b| *b == 0));

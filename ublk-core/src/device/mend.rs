@@ -34,7 +34,13 @@ pub(super) fn complete_fetches(control: &Control, info: &DeviceInfo, file: OwnFd
         let all = u32::from(queues) * u32::from(depth);
         let submissions = u32::from(depth).next_power_of_two();
         let completions = all.next_power_of_two().clamp(2 * submissions, 65_536);
-        let mut ring = WorkerRing::new(Size { submissions, completions, files: 1 })?;
+        let mut ring = WorkerRing::new(Size {
+            submissions,
+            completions,
+            files: 1,
+            shared: false,
+            deferred: false,
+        })?;
         ring.register_file(0, file.as_raw_fd()).map_err(|errno| {
             Error::new(ErrorKind::Io, "register /dev/ublkcN with the ring").with_errno(errno)
         })?;

@@ -14,7 +14,7 @@ use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, W
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
 use crate::sys::memory::Descriptors;
-use crate::uring::worker_ring::Size;
+use crate::uring::worker_ring::{Size, defers};
 use crate::worker::meter::Meter;
 use crate::worker::pool::{Plan as WorkerPlan, WorkerHandle};
 use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
@@ -244,6 +244,8 @@ impl Rise<'_> {
                 submissions: (depth + 8).next_power_of_two(),
                 completions: (2 * depth + 16).next_power_of_two(),
                 files: 4,
+                deferred: defers(life.control.features()),
+                shared: false,
             },
             cpus,
         })

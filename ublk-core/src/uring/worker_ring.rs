@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::{EnterFlags, IoUring, cqueue, squeue};
 
+use crate::control::Features;
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::sys::fork::Listed;
 
@@ -22,6 +23,21 @@ pub(crate) struct Size {
     pub(crate) completions: u32,
     /// Places in the table of registered files.
     pub(crate) files: u32,
+    /// Whether queues of several devices will be on it.
+    pub(crate) shared: bool,
+    /// Whether completions may wait for the next enter (DEFER_TASKRUN); see [`defers`].
+    pub(crate) deferred: bool,
+}
+
+/// Whether a driver with these features may serve rings whose completions wait for the next enter.
+///
+/// The driver hands a request to its server by task work. When a ring is closed under a thread that lives on
+/// (because it is stuck in a backend), what such a ring has deferred runs on that thread later. Drivers before
+/// PER_IO_DAEMON abort a dead server's requests before that and never again (`ublk_abort_queue`), so that the
+/// request, and whoever then removes the disk, would wait for ever. Without deferral the work runs at once,
+/// however stuck the thread is.
+pub(crate) fn defers(features: Option<Features>) -> bool {
+    features.is_some_and(|f| f.contains(Features::PER_IO_DAEMON))
 }
 
 pub(crate) struct WorkerRing {
@@ -47,8 +63,9 @@ struct Setup {
 const SETUPS: [Setup; 5] = [
     Setup { no_sqarray: true, deferred: true, single_issuer: true, coop: true },
     Setup { no_sqarray: false, deferred: true, single_issuer: true, coop: true },
-    Setup { no_sqarray: false, deferred: false, single_issuer: true, coop: true },
-    Setup { no_sqarray: false, deferred: false, single_issuer: false, coop: true },
+    // Cooperative task work waits for the thread's next system call, as deferred work for its next enter.
+    Setup { no_sqarray: true, deferred: false, single_issuer: true, coop: false },
+    Setup { no_sqarray: false, deferred: false, single_issuer: true, coop: false },
     Setup { no_sqarray: false, deferred: false, single_issuer: false, coop: false },
 ];
 
@@ -56,7 +73,7 @@ impl WorkerRing {
     /// Makes a ring for the calling thread.
     pub(crate) fn new(size: Size) -> Result<Self> {
         let mut last = Errno::EINVAL;
-        for setup in SETUPS {
+        for setup in SETUPS.into_iter().filter(|s| size.deferred || !s.deferred) {
             match Self::try_setup(size, setup) {
                 Ok(ring) => {
                     let this = WorkerRing { ring, deferred: setup.deferred };
@@ -88,9 +105,6 @@ impl WorkerRing {
         }
         if setup.coop {
             builder.setup_coop_taskrun();
-            if !setup.deferred {
-                builder.setup_taskrun_flag();
-            }
         }
         Listed::make(|| builder.build(size.submissions)).map_err(Errno::from)
     }
@@ -138,6 +152,15 @@ impl WorkerRing {
             let completion: cqueue::Entry = completion;
             f(completion.user_data(), completion.result(), completion.flags());
         }
+    }
+
+    /// Whether the kernel lets go of a file as soon as it is out of the table and its commands have ended.
+    ///
+    /// Before Linux 6.13 it did so in the order of the table's changes (`io_rsrc_node_ref_zero`): a command of
+    /// another file that was submitted earlier, such as the fetch of an idle tag, kept it. The nearest feature
+    /// that tells is of 6.15.
+    pub(crate) fn forgets_files_at_once(&self) -> bool {
+        self.ring.params().is_feature_no_iowait()
     }
 
     /// Puts a descriptor into the table of registered files.

@@ -27,18 +27,21 @@ pub(crate) enum Arrived {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PerTag {
     queue: u16,
-    /// The `ublkcN`'s index in the ring's table of files.
-    file: u32,
+    /// The `ublkcN`'s index in the ring's table of files, if it is there.
+    file: Option<u32>,
     commands: IoCommands,
 }
 
 impl PerTag {
-    pub(crate) fn new(queue: u16, file: u32, encoding: Encoding) -> Self {
-        let target = Target::Fixed(types::Fixed(file));
+    pub(crate) fn new(queue: u16, target: Target, encoding: Encoding) -> Self {
+        let file = match target {
+            Target::Fixed(types::Fixed(index)) => Some(index),
+            Target::Fd(_) => None,
+        };
         PerTag { queue, file, commands: IoCommands::new(target, encoding) }
     }
 
-    pub(crate) fn file(&self) -> u32 {
+    pub(crate) fn file(&self) -> Option<u32> {
         self.file
     }
 

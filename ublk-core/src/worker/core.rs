@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use io_uring::squeue;
+use io_uring::{squeue, types};
 
 use super::commands::{Arrived, PerTag};
 use super::mailbox::Mailbox;
@@ -22,6 +22,7 @@ use super::slot::Slot;
 use crate::error::{Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::sys::clock::Stamp;
+use crate::uring::sqe::Target;
 use crate::uring::worker_ring::{Size, WorkerRing};
 
 /// What a completion's `user_data` says.
@@ -103,6 +104,7 @@ pub(crate) struct Core {
     /// Sum of the queues' depths.
     admitted: u32,
     files: Vec<bool>,
+    shared: bool,
     mailbox: Arc<Mailbox>,
     /// Where the kernel puts the event counter's value. Boxed: its address is given to the kernel.
     bell: Box<u64>,
@@ -123,6 +125,7 @@ impl Core {
             settled: Vec::new(),
             admitted: 0,
             files: vec![false; size.files as usize],
+            shared: size.shared,
             mailbox,
             bell: Box::new(0),
             bell_armed: false,
@@ -191,17 +194,7 @@ impl Core {
                     .remedy_is("use more workers, or less queue depth"),
             ));
         }
-        let Some(file) = self.files.iter().position(|used| !used) else {
-            return Err(fail(
-                Error::new(ErrorKind::TooMany, "give the queue to a worker")
-                    .because(format!("its table of {} files is full", self.files.len()))
-                    .remedy_is("use more workers"),
-            ));
-        };
-        let index = u32::try_from(file).unwrap_or(u32::MAX);
-        self.ring.register_file(index, start.char_device.as_raw_fd()).map_err(|errno| {
-            fail(Error::new(ErrorKind::Io, "register /dev/ublkcN with the ring").with_errno(errno))
-        })?;
+        let target = self.target(&start).map_err(fail)?;
         let key = match self.queues.iter().position(Option::is_none) {
             Some(free) => free,
             None => {
@@ -210,7 +203,7 @@ impl Core {
             }
         };
         let key = u32::try_from(key).unwrap_or(u32::MAX);
-        let commands = PerTag::new(queue, index, start.encoding);
+        let commands = PerTag::new(queue, target, start.encoding);
         let queue = Queue::new(key, commands, start, &self.mailbox);
         for slot in queue.slots() {
             let entry = commands
@@ -219,7 +212,9 @@ impl Core {
             // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
             unsafe { self.push(entry) };
         }
-        self.files[file] = true;
+        if let Some(file) = commands.file() {
+            self.files[file as usize] = true;
+        }
         self.admitted += u32::from(depth);
         self.queues[key as usize] = Some(queue);
         // The fetches have to reach the kernel before START can end; their completions are not waited for.
@@ -235,6 +230,26 @@ impl Core {
         ))
     }
 
+    /// How the commands of a queue name its device's file: by a registration, unless that would keep the
+    /// device from being deleted for as long as others on the ring are idle.
+    fn target(&mut self, start: &Start) -> Result<Target> {
+        let fd = start.char_device.as_raw_fd();
+        if self.shared && !self.ring.forgets_files_at_once() {
+            // Open as long as the queue is here: it keeps `start`.
+            return Ok(Target::Fd(types::Fd(fd)));
+        }
+        let Some(file) = self.files.iter().position(|used| !used) else {
+            return Err(Error::new(ErrorKind::TooMany, "give the queue to a worker")
+                .because(format!("its table of {} files is full", self.files.len()))
+                .remedy_is("use more workers"));
+        };
+        let index = u32::try_from(file).unwrap_or(u32::MAX);
+        self.ring.register_file(index, fd).map_err(|errno| {
+            Error::new(ErrorKind::Io, "register /dev/ublkcN with the ring").with_errno(errno)
+        })?;
+        Ok(Target::Fixed(types::Fixed(index)))
+    }
+
     fn queue(&mut self, key: u32) -> Option<&mut Queue> {
         self.queues.get_mut(key as usize)?.as_mut()
     }
@@ -242,9 +257,10 @@ impl Core {
     /// Lets go of a queue whose tags have come home: of its mapping, its registration and its device's file.
     pub(crate) fn detach(&mut self, key: u32) -> Option<Queue> {
         let queue = self.queues.get_mut(key as usize)?.take()?;
-        let file = queue.commands().file();
-        self.ring.unregister_file(file);
-        self.files[file as usize] = false;
+        if let Some(file) = queue.commands().file() {
+            self.ring.unregister_file(file);
+            self.files[file as usize] = false;
+        }
         self.admitted -= u32::from(queue.depth());
         Some(queue)
     }

@@ -9,9 +9,10 @@ use super::core::{Core, Shared};
 use super::mailbox::Mailbox;
 use super::queue::Start;
 use super::turn::{HandlerFactory, Message, Worker, lose, refuse};
+use crate::control::Control;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::{fork, thread};
-use crate::uring::worker_ring::Size;
+use crate::uring::worker_ring::{Size, defers};
 
 /// How a worker is made.
 pub(crate) struct Plan {
@@ -216,7 +217,7 @@ struct Inner {
 }
 
 impl Workers {
-    /// Starts `count` workers.
+    /// Starts `count` workers. How their rings are set up depends on the driver, which should be loaded by now.
     ///
     /// # Errors
     ///
@@ -226,10 +227,18 @@ impl Workers {
             return Err(Error::new(ErrorKind::InvalidParameter, "start a pool of workers")
                 .because("it needs at least one"));
         }
+        // A driver that cannot be asked now is taken for the strictest.
+        let deferred = defers(Control::open().ok().and_then(|control| control.features()));
         let workers = (0..count).map(|i| {
             WorkerHandle::start(Plan {
                 name: format!("ublk-pool-{i}"),
-                size: Size { submissions: 4096, completions: 32_768, files: pool_files() },
+                size: Size {
+                    submissions: 4096,
+                    completions: 32_768,
+                    files: pool_files(),
+                    shared: true,
+                    deferred,
+                },
                 cpus: Vec::new(),
             })
         });
