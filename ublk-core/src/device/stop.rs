@@ -23,6 +23,10 @@ pub(super) enum Manner {
     Forced,
 }
 
+/// How long workers that are not known to be stuck are given before their rings are taken away: thousands of
+/// tags come home one by one, on a machine that may have other things to do.
+const LAST_RESORT: Duration = Duration::from_secs(10);
+
 /// What could not be cleaned up.
 pub(super) type Leftovers = Vec<String>;
 
@@ -179,7 +183,7 @@ impl Life {
             self.condemn(leftovers);
         }
         for wait in [Some(deadline), None, None] {
-            let until = wait.unwrap_or_else(|| Instant::now() + PATIENCE);
+            let until = wait.unwrap_or_else(|| Instant::now() + LAST_RESORT);
             let stopped = self.control.stop_dev(id, &Wait::until(until));
             match stopped {
                 Ok(()) => return,
@@ -221,7 +225,7 @@ impl Life {
 
     /// Waits for the workers to let go of the device, and ends those that are its own.
     pub(super) fn release(&self, leftovers: &mut Leftovers) {
-        if !self.wait_released(Instant::now() + PATIENCE) {
+        if !self.wait_released(Instant::now() + LAST_RESORT) {
             self.condemn(leftovers);
         }
         let deadline = Instant::now() + PATIENCE;
