@@ -22,7 +22,7 @@ fn the_driver_survives_this() -> bool {
     let features = Control::open().unwrap().features();
     let survives = features.is_some_and(|f| f.contains(Features::PER_IO_DAEMON));
     if !survives {
-        println!("not run: the driver lacks PER_IO_DAEMON and may wedge");
+        println!("\nnot run: the driver lacks PER_IO_DAEMON and may wedge");
     }
     survives
 }
