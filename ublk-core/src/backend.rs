@@ -43,12 +43,18 @@ impl Capabilities {
     /// Writes zeroes without being sent them.
     pub const WRITE_ZEROES: Capabilities = Capabilities(1 << 4);
 
-    const NAMES: [(Capabilities, &'static str); 5] = [
+    /// Moves the data of reads and writes by operations of the worker's ring on the request, and does not look at
+    /// it ([`Ring::read_to_request`], [`Ring::write_from_request`]): such data need not be copied. Says nothing about
+    /// the disk; see [`DataPath`](crate::DataPath).
+    pub const FIXED_BUFFERS: Capabilities = Capabilities(1 << 5);
+
+    const NAMES: [(Capabilities, &'static str); 6] = [
         (Capabilities::WRITE, "WRITE"),
         (Capabilities::FLUSH, "FLUSH"),
         (Capabilities::FUA, "FUA"),
         (Capabilities::DISCARD, "DISCARD"),
         (Capabilities::WRITE_ZEROES, "WRITE_ZEROES"),
+        (Capabilities::FIXED_BUFFERS, "FIXED_BUFFERS"),
     ];
 
     /// Whether all of `other` are among these.

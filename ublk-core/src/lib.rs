@@ -53,6 +53,7 @@ pub use error::{Errno, Error, ErrorKind, Result};
 pub use request::{Gone, KeptBuffer, Op, Request, RequestFlags};
 pub use sys::thread::declare_io_flusher;
 pub use worker::meter::Latency;
+pub use worker::path::DataPath;
 pub use worker::pool::Workers;
 pub use worker::ring::{IoBuf, IoBufMut, Ring, RingFile};
 

@@ -1,12 +1,13 @@
 //! A request of the disk's client: owned by whoever answers it, answered exactly once.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Errno;
 use crate::uapi;
+use crate::worker::path::DataPath;
 use crate::worker::slot::{Outcome, Slot};
 
 /// What the client wants.
@@ -38,7 +39,7 @@ impl Op {
     }
 
     /// Whether the request's buffer carries data.
-    fn has_data(self) -> bool {
+    pub(crate) fn has_data(self) -> bool {
         matches!(self, Op::Read | Op::Write)
     }
 }
@@ -166,8 +167,16 @@ pub struct Request {
     flags: RequestFlags,
     offset: u64,
     len: u64,
+    /// What the client has of a read's data, or will by what is in the buffer.
     filled: RefCell<Filled>,
+    /// The buffer takes part: it has the data of a write, or what will be a read's. Always, if the driver copies.
+    buffered: Cell<bool>,
+    /// Why the data of the request could not be moved: it fails, whatever its holder says.
+    broken: Cell<Option<Errno>>,
 }
+
+/// What is written to where a read's holder left a gap, if its data does not go by the buffer.
+static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
 
 impl Request {
     /// For the worker, which has just issued `slot`: nobody else has a request of it.
@@ -179,11 +188,13 @@ impl Request {
             offset: desc.start_sector << 9,
             len,
             filled: RefCell::new(Filled::default()),
+            buffered: Cell::new(slot.reach().is_none()),
+            broken: Cell::new(None),
             slot: Some(slot),
         };
         // The worker refuses such a request before it gets here; all accesses below rest on this.
         assert!(!op.has_data() || len <= u64::from(request.slot().buffer().len()));
-        if op == Op::Write {
+        if op == Op::Write && request.buffered.get() {
             // The kernel has copied the data there.
             request.slot().soil(len as u32);
         }
@@ -237,18 +248,54 @@ impl Request {
         if self.op == op { self.len as usize } else { 0 }
     }
 
+    /// How the request's data moves: the [`DataPath`] of its device.
+    pub fn data_path(&self) -> DataPath {
+        self.slot().reach().map_or(DataPath::Copy, |reach| reach.portal().path())
+    }
+
     /// The data to store, of a write; empty otherwise.
+    ///
+    /// With a data path on which the driver does not copy, the first call fetches the data (`pread(2)` on the
+    /// device's file). Should that fail, which means that the device is ending, there are zeroes and the request
+    /// fails, however it is completed.
+    ///
+    /// # Panics
+    ///
+    /// On such a path, if a ring operation that was started on this request is still in flight at the first call.
     pub fn data(&self) -> &[u8] {
         let len = self.data_len(Op::Write);
+        if len > 0 && !self.buffered.get() {
+            self.assert_quiet();
+            self.fetch(len);
+        }
         // SAFETY: the buffer has at least `len` bytes (checked in `new`), initialised (anonymous memory),
         // and stays mapped while the slot lives, which `self` holds. Between the request's issue and its
-        // end the buffer is this request's: the kernel writes it only before, and nothing of ours writes
-        // the memory of a write request (ring operations on it only read).
+        // end the buffer is this request's: the kernel and `fetch` write it only before the first slice is
+        // made, and nothing of ours writes the memory of a write request afterwards (ring operations on it
+        // only read once it is buffered).
         unsafe { std::slice::from_raw_parts(self.slot().buffer().start().as_ptr(), len) }
+    }
+
+    /// Brings a write's data into the buffer.
+    fn fetch(&self, len: usize) {
+        let slot = self.slot();
+        slot.soil(len as u32);
+        // SAFETY: `len` is within the buffer; it was not buffered before, so there is no slice of it, and no
+        // ring operation is in flight (callers have checked).
+        if let Err(errno) = unsafe { slot.pull(len) } {
+            self.broken.set(Some(errno));
+            // SAFETY: as above. What an earlier request left is nobody's business.
+            unsafe { slot.buffer().start().as_ptr().write_bytes(0, len) };
+        }
+        self.buffered.set(true);
     }
 
     /// Where to put the data, of a read; empty otherwise. What was not yet written for this request is
     /// zeroed first, so that no earlier request's data shows.
+    ///
+    /// With a data path on which the driver does not copy, this is memory of its own: what [`put`](Self::put) or a
+    /// ring operation has given to the client before does not show in it, and all of it goes to the client when the
+    /// request is completed.
     ///
     /// # Panics
     ///
@@ -258,6 +305,9 @@ impl Request {
         let len = self.data_len(Op::Read);
         if len > 0 {
             self.assert_quiet();
+            if !self.buffered.replace(true) {
+                *self.filled.get_mut() = Filled::default();
+            }
             self.zero_gaps();
             self.slot().soil(len as u32);
         }
@@ -267,13 +317,19 @@ impl Request {
     }
 
     /// Copies `data` to byte `at` of a read's buffer: as `data_mut()[at..][..data.len()].copy_from_slice(data)`,
-    /// without zeroing the buffer first.
+    /// without zeroing the buffer first. With a data path on which the driver does not copy it goes straight to the
+    /// client, unless [`data_mut`](Self::data_mut) was called before.
     ///
     /// # Panics
     ///
     /// If the range does not fit, or for a ring operation in flight as in [`data_mut`](Self::data_mut).
     pub fn put(&mut self, at: usize, data: &[u8]) {
         let range = self.fill_range(at, data.len());
+        if !self.buffered.get() {
+            self.push(at, data);
+            self.filled.get_mut().add(range);
+            return;
+        }
         self.slot().soil(range.end);
         // SAFETY: the range is inside the buffer (checked), which is ours alone as in `data_mut`; `data`
         // is a live reference, so it cannot overlap memory that only `&mut self` may reach.
@@ -290,9 +346,25 @@ impl Request {
     /// As [`put`](Self::put).
     pub fn put_zeroes(&mut self, at: usize, len: usize) {
         let range = self.fill_range(at, len);
-        // SAFETY: the range is inside the buffer and ours alone, as in `put`.
-        unsafe { self.zero(range.clone()) };
+        if self.buffered.get() {
+            // SAFETY: the range is inside the buffer and ours alone, as in `put`.
+            unsafe { self.zero(range.clone()) };
+        } else {
+            self.push_zeroes(range.clone());
+        }
         self.filled.get_mut().add(range);
+    }
+
+    fn push(&self, at: usize, data: &[u8]) {
+        if let Err(errno) = self.slot().push(at as u64, data) {
+            self.broken.set(Some(errno));
+        }
+    }
+
+    fn push_zeroes(&self, range: Range<u32>) {
+        for at in range.clone().step_by(ZEROES.len()) {
+            self.push(at as usize, &ZEROES[..((range.end - at) as usize).min(ZEROES.len())]);
+        }
     }
 
     fn fill_range(&self, at: usize, len: usize) -> Range<u32> {
@@ -335,9 +407,14 @@ impl Request {
 
     fn zero_gaps(&mut self) {
         let len = self.data_len(Op::Read) as u32;
-        for gap in self.filled.get_mut().gaps(len) {
-            // SAFETY: within the buffer; ours alone, as in `data_mut` (callers checked for operations).
-            unsafe { self.zero(gap) };
+        let gaps = self.filled.get_mut().gaps(len);
+        for gap in gaps {
+            if self.buffered.get() {
+                // SAFETY: within the buffer; ours alone, as in `data_mut` (callers checked for operations).
+                unsafe { self.zero(gap) };
+            } else {
+                self.push_zeroes(gap);
+            }
         }
         *self.filled.get_mut() = Filled { upto: len, islands: Vec::new() };
     }
@@ -345,6 +422,17 @@ impl Request {
     /// A ring operation filled a part of the buffer.
     pub(crate) fn filled_by_ring(&self, range: Range<u32>) {
         self.filled.borrow_mut().add(range);
+    }
+
+    /// For ring operations: whether the buffer takes part.
+    pub(crate) fn is_buffered(&self) -> bool {
+        self.buffered.get()
+    }
+
+    /// For ring operations: whether one failed because the ring had not taken the request's pages.
+    pub(crate) fn lost_its_pages(&self, error: &std::io::Error) -> bool {
+        error.raw_os_error() == Some(libc::EFAULT)
+            && self.slot().reach().is_some_and(|reach| !reach.is_registered())
     }
 
     /// For ring operations: the slot, whose buffer they work on.
@@ -386,13 +474,24 @@ impl Request {
         keeps_buffer: bool,
     ) -> Result<Arc<Slot>, Gone> {
         let mut result = result;
-        if self.op == Op::Read && result.is_ok() && !self.is_filled() {
+        if self.op == Op::Read && result.is_ok() {
             if self.slot().operations() == 0 {
-                self.zero_gaps();
-            } else {
+                self.deliver();
+            } else if !self.is_filled() || self.slot().reach().is_some() {
                 // Completed while the kernel may still be writing to the buffer.
                 result = Err(Errno::EIO);
             }
+        }
+        if let (Ok(()), Some(errno)) = (&result, self.broken.get()) {
+            let place = self.slot().place();
+            tracing::warn!(
+                device = place.device,
+                queue = place.queue,
+                tag = place.tag,
+                %errno,
+                "the data of a request could not be moved: the client gets EIO"
+            );
+            result = Err(Errno::EIO);
         }
         let outcome = Outcome {
             result: match result {
@@ -406,6 +505,20 @@ impl Request {
         };
         let Some(slot) = self.slot.take() else { unreachable!("ended once: `end` consumes it") };
         hand_back(slot, outcome)
+    }
+
+    /// A read ends well: the client gets what is in the buffer, and zeroes where nothing was put.
+    fn deliver(&mut self) {
+        if !self.is_filled() {
+            self.zero_gaps();
+        }
+        if self.buffered.get() && self.slot().reach().is_some() {
+            let start = self.slot().buffer().start().as_ptr();
+            // SAFETY: within the buffer, initialised; ours alone as in `data_mut`, and no ring operation is in
+            // flight (the caller has checked).
+            let data = unsafe { std::slice::from_raw_parts(start, self.len as usize) };
+            self.push(0, data);
+        }
     }
 
     fn is_filled(&mut self) -> bool {

@@ -13,7 +13,7 @@ fn place() -> Place {
 
 fn slot_on(mailbox: &Arc<Mailbox>) -> Arc<Slot> {
     let region = Arc::new(Region::new(LEN as usize, Backing::default()).unwrap());
-    Slot::new(place(), Buffer::new(region, 0, LEN), Arc::clone(mailbox))
+    Slot::new(place(), Buffer::new(region, 0, LEN), None, Arc::clone(mailbox))
 }
 
 fn request_on(slot: &Arc<Slot>, op: Op, op_flags: u32, sectors: u32) -> Request {

@@ -47,6 +47,8 @@ const KEYS: &[&str] = &[
     "pin",
     "huge_pages",
     "populate",
+    "data",
+    "descriptor",
 ];
 
 impl Options {
@@ -116,7 +118,7 @@ impl Options {
 
     /// The builder's own options: `queues`, `depth`, `block`, `max_io`, `threads`, `id`, `read_only`,
     /// `rotational`, `discard=ALIGNMENT:GRANULARITY:MAX`, `require`, `prefer`, `forbid` (names of features),
-    /// `pin=0`, `huge_pages`, `populate`, `start_timeout_ms`.
+    /// `pin=0`, `huge_pages`, `populate`, `start_timeout_ms`, `data` (a data path), `descriptor` (bytes).
     pub(crate) fn tune(&self, mut builder: Builder) -> Result<Builder, String> {
         if let Some(queues) = self.number("queues")? {
             builder = builder.queues(queues);
@@ -135,6 +137,12 @@ impl Options {
         }
         if let Some(id) = self.number("id")? {
             builder = builder.id(id);
+        }
+        if let Some(path) = self.text("data") {
+            builder = builder.data_path(path.parse().map_err(|e: ublk_core::Error| e.to_string())?);
+        }
+        if let Some(bytes) = self.number("descriptor")? {
+            builder = builder.descriptor_bytes(bytes);
         }
         if let Some(text) = self.text("discard") {
             let numbers: Vec<u64> = text.split(':').filter_map(|n| n.parse().ok()).collect();

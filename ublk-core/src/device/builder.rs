@@ -12,6 +12,8 @@ use crate::control::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::Backing;
+use crate::uapi;
+use crate::worker::path::DataPath;
 use crate::worker::pool::Workers;
 use crate::worker::serve::{Async, Inline, Pool, Pooled};
 use crate::worker::turn::HandlerFactory;
@@ -118,14 +120,33 @@ pub struct Builder {
     pub(super) workers: Option<Workers>,
     pub(super) pin: bool,
     pub(super) backing: Backing,
+    pub(super) data_path: DataPath,
+    descriptor_bytes: u16,
     pub(super) start_timeout: Duration,
 }
 
 /// A builder's description, checked.
 pub(super) struct Plan {
     pub(super) params: DeviceParams,
-    pub(super) add: AddDevice,
+    add: AddDevice,
+    /// What is best for the backend, where the driver has it.
+    favourite: Features,
 }
+
+impl Plan {
+    /// What to ask of a driver that offers these features.
+    pub(super) fn add(&self, offered: Option<Features>) -> AddDevice {
+        let mut add = self.add.clone();
+        // All of a data path or nothing: a part of its features would be another path.
+        if offered.is_some_and(|offered| offered.contains(self.favourite)) {
+            add.features.require |= self.favourite;
+        }
+        add
+    }
+}
+
+/// Bytes of a request's descriptor, unless IO_DESC_SIZE says otherwise.
+const DESCRIPTOR: u16 = size_of::<uapi::ublksrv_io_desc>() as u16;
 
 macro_rules! params {
     ($($(#[$doc:meta])* $name:ident: $ty:ty;)*) => {
@@ -212,6 +233,8 @@ impl Builder {
             workers: None,
             pin: true,
             backing: Backing::default(),
+            data_path: DataPath::Auto,
+            descriptor_bytes: DESCRIPTOR,
             start_timeout: Duration::from_secs(30),
         }
     }
@@ -306,6 +329,21 @@ impl Builder {
         self
     }
 
+    /// How the data of requests moves. Default [`DataPath::Auto`]; what it came to says
+    /// [`Device::data_path`](crate::Device::data_path).
+    pub fn data_path(mut self, path: DataPath) -> Self {
+        self.data_path = path;
+        self
+    }
+
+    /// Bytes of each request's descriptor in the memory that the kernel shares with the server: 24 to 256, a multiple
+    /// of 8. Other than 24, the default, it requires [`Features::IO_DESC_SIZE`], and is of use only with a driver that
+    /// has something to say there.
+    pub fn descriptor_bytes(mut self, bytes: u16) -> Self {
+        self.descriptor_bytes = bytes;
+        self
+    }
+
     /// How long the start may take, from the first command to the usable disk. Default 30 seconds.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
@@ -314,17 +352,23 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::USER_COPY
-            | Features::SUPPORT_ZERO_COPY
-            | Features::AUTO_BUF_REG
-            | Features::NEED_GET_DATA
-            | Features::BATCH_IO
+        Features::BATCH_IO
             | Features::ZONED
             | Features::INTEGRITY
             | Features::UNPRIVILEGED_DEV
             | Features::SHMEM_ZC
-            | Features::IO_DESC_SIZE
             | Features::QUIESCE
+    }
+
+    /// The features that are asked for on any driver.
+    pub(super) fn request(&self) -> FeatureRequest {
+        let mut features = self.features;
+        features.require |= self.data_path.features();
+        if self.descriptor_bytes != DESCRIPTOR {
+            features.require |= Features::IO_DESC_SIZE;
+        }
+        features.prefer = features.prefer - Self::unserved();
+        features
     }
 
     /// Checks what can be checked without the kernel.
@@ -351,6 +395,17 @@ impl Builder {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because(format!("this version of the library cannot serve {asked}")));
         }
+        let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
+        if !by_path.is_empty() {
+            return invalid(format!("{by_path} is asked for by Builder::data_path"));
+        }
+        if !(24..=256).contains(&self.descriptor_bytes) || !self.descriptor_bytes.is_multiple_of(8)
+        {
+            return invalid(format!(
+                "descriptors of {} bytes: they have 24 to 256, a multiple of 8",
+                self.descriptor_bytes
+            ));
+        }
         let write = caps.contains(Capabilities::WRITE) && !self.read_only;
         let mut params = self
             .params
@@ -372,11 +427,17 @@ impl Builder {
             return invalid("a limit of writes of zeroes is for a backend that takes them".into());
         }
         let params = params.build()?;
-        let mut features = self.features;
-        features.prefer = features.prefer - Self::unserved();
+        let features = self.request();
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;
-        Ok(Plan { params, add })
+        add.io_desc_size = self.descriptor_bytes;
+        let best = DataPath::AutoBufReg.features();
+        let wanted = self.data_path == DataPath::Auto
+            && caps.contains(Capabilities::FIXED_BUFFERS)
+            && !(features.require | features.prefer).contains(Features::UNPRIVILEGED_DEV)
+            && !features.forbid.intersects(best);
+        let favourite = if wanted { best } else { Features::NONE };
+        Ok(Plan { params, add, favourite })
     }
 
     /// Adds the device to the kernel.

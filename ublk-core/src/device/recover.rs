@@ -94,7 +94,7 @@ impl Builder {
             return Err(Error::new(ErrorKind::Unsupported, ATTEMPT)
                 .because(format!("the device has {alien}, which this library cannot serve")));
         }
-        self.features.check(info.features)?;
+        self.request().check(info.features)?;
         if info.server_flags != self.fingerprint && !self.force {
             return Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT)
                 .because(format!(

@@ -12,6 +12,7 @@ use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::clock::Stamp;
 use crate::sys::fork;
+use crate::worker::path::DataPath;
 
 /// A device's handle, for any thread: cheap to clone, it keeps nothing alive but its own numbers.
 ///
@@ -37,6 +38,11 @@ impl Device {
     /// The features that the driver granted.
     pub fn features(&self) -> Features {
         self.0.info.features
+    }
+
+    /// How the data of its requests moves; never [`DataPath::Auto`].
+    pub fn data_path(&self) -> DataPath {
+        DataPath::of(self.features())
     }
 
     /// The device as the driver described it when it was added.

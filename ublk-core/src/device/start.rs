@@ -16,6 +16,7 @@ use crate::sys::fork;
 use crate::sys::memory::Descriptors;
 use crate::uring::worker_ring::{Size, defers};
 use crate::worker::meter::Meter;
+use crate::worker::path::DataPath;
 use crate::worker::pool::{Plan as WorkerPlan, WorkerHandle};
 use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
 
@@ -52,7 +53,7 @@ impl Drop for Delete {
 
 impl Added {
     pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
-        let info = control.add_dev(&plan.add)?;
+        let info = control.add_dev(&plan.add(control.features()))?;
         let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
         // The driver clamps the queues: what is served is what it says.
         let params = plan.params.to_builder().queues(guard.info.queues).build()?;
@@ -219,6 +220,7 @@ impl Rise<'_> {
                 char_device: Arc::clone(file),
                 descriptors,
                 region: Arc::new(region),
+                path: DataPath::of(info.features),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

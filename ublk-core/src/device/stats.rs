@@ -60,6 +60,9 @@ pub struct QueueStats {
     pub refused: u64,
     /// Commands that the kernel did not accept. Anything but 0 is a defect.
     pub rejected: u64,
+    /// Requests whose pages the ring did not take, so that their data was copied: of the data paths
+    /// [`ZeroCopy`](crate::DataPath::ZeroCopy) and [`AutoBufReg`](crate::DataPath::AutoBufReg).
+    pub unregistered: u64,
 }
 
 impl QueueStats {
@@ -87,6 +90,7 @@ impl QueueStats {
             revoked: meter.revoked.get(),
             refused: meter.refused.get(),
             rejected: meter.rejected.get(),
+            unregistered: meter.unregistered.get(),
         }
     }
 
@@ -103,6 +107,7 @@ impl QueueStats {
         self.revoked += other.revoked;
         self.refused += other.refused;
         self.rejected += other.rejected;
+        self.unregistered += other.unregistered;
     }
 
     /// Requests that ended, of every kind.

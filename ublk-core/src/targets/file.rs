@@ -161,9 +161,12 @@ fn progress(n: usize) -> io::Result<usize> {
 impl AsyncBackend for File {
     fn capabilities(&self) -> Capabilities {
         if self.options.is_read_only() {
-            return Capabilities::NONE;
+            return Capabilities::FIXED_BUFFERS;
         }
-        let able = Capabilities::WRITE | Capabilities::DISCARD | Capabilities::WRITE_ZEROES;
+        let able = Capabilities::WRITE
+            | Capabilities::DISCARD
+            | Capabilities::WRITE_ZEROES
+            | Capabilities::FIXED_BUFFERS;
         if self.syncs_on_flush() { able | Capabilities::FLUSH | Capabilities::FUA } else { able }
     }
 

@@ -127,6 +127,10 @@ impl IoCommands {
         IoCommands { target, encoding }
     }
 
+    pub(crate) const fn target(&self) -> Target {
+        self.target
+    }
+
     /// Offers a tag to the kernel before the device starts.
     pub(crate) fn fetch(&self, q_id: u16, tag: u16, buffer: TagBuffer) -> squeue::Entry {
         let op = self.op(uapi::UBLK_U_IO_FETCH_REQ, uapi::UBLK_IO_FETCH_REQ);

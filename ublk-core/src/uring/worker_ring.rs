@@ -178,6 +178,11 @@ impl WorkerRing {
         let _ = self.ring.submitter().register_files_update(index, &[-1]);
     }
 
+    /// Makes a table of `count` empty places for buffers, once.
+    pub(crate) fn make_buffer_table(&self, count: u32) -> Result<(), Errno> {
+        self.ring.submitter().register_buffers_sparse(count).map_err(Errno::from)
+    }
+
     /// Room in the submission queue.
     pub(crate) fn room(&mut self) -> usize {
         let queue = self.ring.submission();

@@ -17,9 +17,9 @@ use io_uring::{squeue, types};
 use super::commands::{Arrived, PerTag};
 use super::mailbox::Mailbox;
 use super::operations::{Keep, Operations};
-use super::queue::{Events, Queue, Start};
-use super::slot::Slot;
-use crate::error::{Error, ErrorKind, Result};
+use super::queue::{Ending, Events, Queue, Start};
+use super::slot::{Place, Slot};
+use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::sys::clock::Stamp;
 use crate::uring::sqe::Target;
@@ -38,6 +38,10 @@ pub(crate) enum Token {
     Cancel,
     /// The timer after which idle memory is given back.
     Idle,
+    /// A request's pages were to be put into the ring's table.
+    Register { key: u32, tag: u16 },
+    /// A request's pages leave the ring's table; they may not have got there.
+    Unregister,
 }
 
 impl Token {
@@ -48,6 +52,8 @@ impl Token {
             Token::Operation(index) => 3 << 56 | u64::from(index),
             Token::Cancel => 4 << 56,
             Token::Idle => 5 << 56,
+            Token::Register { key, tag } => 6 << 56 | u64::from(key) << 16 | u64::from(tag),
+            Token::Unregister => 7 << 56,
         }
     }
 
@@ -58,6 +64,8 @@ impl Token {
             3 => Token::Operation(word as u32),
             4 => Token::Cancel,
             5 => Token::Idle,
+            6 => Token::Register { key: (word >> 16) as u32, tag: word as u16 },
+            7 => Token::Unregister,
             _ => return None,
         })
     }
@@ -88,6 +96,9 @@ impl Harvest {
 /// How long a queue is idle before the memory of its buffers is given back.
 const IDLE: Duration = Duration::from_secs(1);
 
+/// Places of the largest table of buffers that a ring takes (`IORING_MAX_REG_BUFFERS`).
+const MOST_BUFFERS: u32 = 1 << 14;
+
 /// How often a submission that the kernel has no memory for is tried again.
 const SUBMIT_TRIES: u32 = 10_000;
 
@@ -104,6 +115,8 @@ pub(crate) struct Core {
     /// Sum of the queues' depths.
     admitted: u32,
     files: Vec<bool>,
+    /// Which places of the table of buffers are taken; empty while there is no table.
+    buffers: Vec<bool>,
     shared: bool,
     mailbox: Arc<Mailbox>,
     /// Where the kernel puts the event counter's value. Boxed: its address is given to the kernel.
@@ -125,6 +138,7 @@ impl Core {
             settled: Vec::new(),
             admitted: 0,
             files: vec![false; size.files as usize],
+            buffers: Vec::new(),
             shared: size.shared,
             mailbox,
             bell: Box::new(0),
@@ -194,6 +208,10 @@ impl Core {
                     .remedy_is("use more workers, or less queue depth"),
             ));
         }
+        let first_index = match start.path.registers() {
+            true => self.places_for(depth).map_err(fail)?,
+            false => 0,
+        };
         let target = self.target(&start).map_err(fail)?;
         let key = match self.queues.iter().position(Option::is_none) {
             Some(free) => free,
@@ -203,8 +221,8 @@ impl Core {
             }
         };
         let key = u32::try_from(key).unwrap_or(u32::MAX);
-        let commands = PerTag::new(queue, target, start.encoding);
-        let queue = Queue::new(key, commands, start, &self.mailbox);
+        let commands = PerTag::new(queue, target, start.encoding, start.path);
+        let queue = Queue::new(key, commands, first_index, start, &self.mailbox);
         for slot in queue.slots() {
             let entry = commands
                 .fetch(slot)
@@ -215,6 +233,7 @@ impl Core {
         if let Some(file) = commands.file() {
             self.files[file as usize] = true;
         }
+        self.take_places(&queue, true);
         self.admitted += u32::from(depth);
         self.queues[key as usize] = Some(queue);
         // The fetches have to reach the kernel before START can end; their completions are not waited for.
@@ -250,6 +269,53 @@ impl Core {
         Ok(Target::Fixed(types::Fixed(index)))
     }
 
+    /// Neighbouring places in the table of buffers, one a tag. The first queue that needs some makes the table.
+    fn places_for(&mut self, depth: u16) -> Result<u16> {
+        if self.buffers.is_empty() {
+            let count = if self.shared { MOST_BUFFERS } else { u32::from(depth) };
+            self.ring.make_buffer_table(count).map_err(|errno| {
+                Error::new(ErrorKind::TooMany, "make a table of buffers for io_uring")
+                    .with_errno(errno)
+            })?;
+            self.buffers = vec![false; count as usize];
+        }
+        let free = self.buffers.windows(depth.into()).position(|w| w.iter().all(|used| !used));
+        free.and_then(|first| u16::try_from(first).ok()).ok_or_else(|| {
+            Error::new(ErrorKind::TooMany, "give the queue to a worker")
+                .because(format!(
+                    "its table of {} buffers has no {depth} places in a row left",
+                    self.buffers.len()
+                ))
+                .remedy_is("use more workers, less queue depth, or a data path that copies")
+        })
+    }
+
+    fn take_places(&mut self, queue: &Queue, taken: bool) {
+        if queue.registers() {
+            let first = usize::from(queue.first_index());
+            self.buffers[first..first + usize::from(queue.depth())].fill(taken);
+        }
+    }
+
+    /// The place in the table of buffers where a request's pages are, or will be by the time that the next
+    /// entry is taken; `None` if they have to be copied.
+    pub(crate) fn pages_of(&mut self, slot: &Slot) -> Option<u16> {
+        let reach = slot.reach()?;
+        if reach.may_register() {
+            let Place { key, tag, .. } = slot.place();
+            let entry = self.queue(key)?.commands().register(tag, reach.index());
+            reach.set_registered();
+            // SAFETY: the entry has no address.
+            unsafe { self.push(entry.user_data(Token::Register { key, tag }.encode())) };
+        }
+        reach.is_registered().then_some(reach.index())
+    }
+
+    /// How an entry names the file of the device that a slot's request is of.
+    pub(crate) fn target_of(&mut self, slot: &Slot) -> Option<Target> {
+        Some(self.queue(slot.place().key)?.commands().target())
+    }
+
     fn queue(&mut self, key: u32) -> Option<&mut Queue> {
         self.queues.get_mut(key as usize)?.as_mut()
     }
@@ -261,6 +327,7 @@ impl Core {
             self.ring.unregister_file(file);
             self.files[file as usize] = false;
         }
+        self.take_places(&queue, false);
         self.admitted -= u32::from(queue.depth());
         Some(queue)
     }
@@ -297,19 +364,27 @@ impl Core {
         }
         let place = slot.place();
         let Some(queue) = self.queue(place.key) else { return };
-        if let Some(entry) = queue.settle(slot, now) {
-            let entry = entry.user_data(Token::Command { key: place.key, tag: place.tag }.encode());
-            // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
-            unsafe { self.push(entry) };
+        if let Some(Ending { release, commit }) = queue.settle(slot, now) {
+            let token = Token::Command { key: place.key, tag: place.tag }.encode();
+            for entry in release.into_iter().chain([commit.user_data(token)]) {
+                // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
+                unsafe { self.push(entry) };
+            }
         }
     }
 
     /// Answers every request of the queue that is out with EIO, and from now on every new one.
     pub(crate) fn revoke(&mut self, key: u32) {
         let Some(queue) = self.queue(key) else { return };
-        for entry in queue.revoke(Stamp::now()) {
+        let entries = queue.revoke(Stamp::now());
+        for entry in entries {
             // SAFETY: the address is the buffer of the slot that the queue keeps for the tag.
             unsafe { self.push(entry) };
+        }
+        // What still works on the clients' own pages keeps their requests from ending.
+        let pending: Vec<_> = self.operations.on_lost_requests(key).collect();
+        for index in pending {
+            self.cancel(Token::Operation(index));
         }
     }
 
@@ -376,6 +451,11 @@ impl Core {
                     return;
                 };
                 match PerTag::interpret(result) {
+                    Arrived::NeedsBuffer => again.extend(
+                        queue
+                            .needs_buffer(tag)
+                            .map(|entry| entry.user_data(Token::Command { key, tag }.encode())),
+                    ),
                     Arrived::Request => {
                         let now = *now.get_or_insert_with(Stamp::now);
                         match queue.arrived(tag, now) {
@@ -402,7 +482,15 @@ impl Core {
                 harvest.garbage.extend(done.garbage);
                 settled.extend(done.quiet.filter(|slot| slot.outcome().is_some()));
             }
-            Some(Token::Cancel) => {}
+            Some(Token::Register { key, tag }) => {
+                if let (Some(errno), Some(Some(queue))) =
+                    (Errno::from_result(result), queues.get(key as usize))
+                {
+                    tracing::debug!(tag, %errno, "a request's pages could not be registered");
+                    queue.not_registered(tag);
+                }
+            }
+            Some(Token::Cancel | Token::Unregister) => {}
             Some(Token::Idle) => {
                 *idle_armed = false;
                 idle = true;
@@ -555,6 +643,8 @@ mod tests {
             Token::Operation(u32::MAX),
             Token::Cancel,
             Token::Idle,
+            Token::Register { key: 513, tag: 4095 },
+            Token::Unregister,
         ] {
             assert_eq!(Token::decode(token.encode()), Some(token));
         }

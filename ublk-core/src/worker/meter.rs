@@ -91,6 +91,8 @@ pub(crate) struct Meter {
     pub(crate) revoked: Counter,
     pub(crate) refused: Counter,
     pub(crate) rejected: Counter,
+    /// Requests whose pages the ring would not take.
+    pub(crate) unregistered: Counter,
     /// When the request of each tag arrived; 0 while the tag is with the kernel.
     started: Box<[AtomicU64]>,
 }
@@ -104,6 +106,7 @@ impl Meter {
             revoked: Counter::default(),
             refused: Counter::default(),
             rejected: Counter::default(),
+            unregistered: Counter::default(),
             started: (0..depth).map(|_| AtomicU64::new(0)).collect(),
         }
     }

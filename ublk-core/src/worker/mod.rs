@@ -7,7 +7,7 @@
 //! a [`slot`].
 //!
 //! Two seams are for the strategies of moving requests and data: [`commands`] says how requests come in and
-//! results go out, and a slot's buffer is what data moves through.
+//! results go out, and [`path`] how their data gets here and back.
 
 pub(crate) mod commands;
 pub(crate) mod core;
@@ -16,7 +16,9 @@ pub(crate) mod handoff;
 pub(crate) mod mailbox;
 pub(crate) mod meter;
 pub(crate) mod operations;
+pub(crate) mod path;
 pub(crate) mod pool;
+pub(crate) mod portal;
 pub(crate) mod queue;
 pub(crate) mod ring;
 pub(crate) mod serve;

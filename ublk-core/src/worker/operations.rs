@@ -149,6 +149,17 @@ impl Operations {
         })
     }
 
+    /// The operations in flight for requests of the queue `key` that were revoked.
+    pub(crate) fn on_lost_requests(&self, key: u32) -> impl Iterator<Item = u32> + '_ {
+        self.entries.iter().enumerate().filter_map(move |(index, entry)| match entry {
+            Some(Entry {
+                state: State::InFlight(_) | State::Orphan,
+                keep: Keep { hold: Hold::Request(s), .. },
+            }) if s.place().key == key && s.is_revoked() => u32::try_from(index).ok(),
+            _ => None,
+        })
+    }
+
     /// Every operation in flight.
     pub(crate) fn all_in_flight(&self) -> impl Iterator<Item = u32> + '_ {
         self.entries.iter().enumerate().filter_map(|(index, entry)| match entry {

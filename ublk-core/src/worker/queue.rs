@@ -8,13 +8,23 @@ use super::commands::PerTag;
 use super::core::Token;
 use super::mailbox::Mailbox;
 use super::meter::Meter;
+use super::path::DataPath;
+use super::portal::{Portal, Reach};
 use super::slot::{Buffer, Outcome, Place, Slot};
 use crate::error::{Errno, Error, ErrorKind};
 use crate::request::{Op, Request};
 use crate::sys::clock::Stamp;
 use crate::sys::fork::OwnFd;
 use crate::sys::memory::{Backing, Descriptors, Region, page_size};
+use crate::uapi;
 use crate::uring::sqe::Encoding;
+
+/// What ends a request.
+pub(crate) struct Ending {
+    /// Takes its pages out of the ring's table.
+    pub(crate) release: Option<Entry>,
+    pub(crate) commit: Entry,
+}
 
 /// What a queue tells its device.
 pub(crate) trait Events: Send + Sync {
@@ -39,6 +49,7 @@ pub(crate) struct Start {
     pub(crate) descriptors: Descriptors,
     /// The tags' buffers and one more, see [`Queue::region_for`].
     pub(crate) region: Arc<Region>,
+    pub(crate) path: DataPath,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -47,6 +58,10 @@ pub(crate) struct Queue {
     start: Start,
     key: u32,
     commands: PerTag,
+    /// Unless the driver copies.
+    portal: Option<Arc<Portal>>,
+    /// The place of tag 0's pages in the ring's table of buffers; the other tags' follow.
+    first_index: u16,
     slots: Vec<Arc<Slot>>,
     /// Tags whose command came back for good.
     home: u16,
@@ -75,10 +90,22 @@ impl Queue {
         Region::new((usize::from(depth) + 1) * Self::stride(buffer), backing)
     }
 
-    pub(crate) fn new(key: u32, commands: PerTag, start: Start, mailbox: &Arc<Mailbox>) -> Self {
+    pub(crate) fn new(
+        key: u32,
+        commands: PerTag,
+        first_index: u16,
+        start: Start,
+        mailbox: &Arc<Mailbox>,
+    ) -> Self {
+        let portal = match start.path.is_copied_by_driver() {
+            true => None,
+            false => Some(Portal::new(&start.char_device, start.path)),
+        };
         let mut queue = Queue {
             key,
             commands,
+            portal,
+            first_index,
             slots: Vec::new(),
             home: 0,
             refusing: false,
@@ -101,7 +128,8 @@ impl Queue {
     fn slot(&self, tag: u16, buffer: Buffer) -> Arc<Slot> {
         let place =
             Place { device: self.start.device, queue: self.start.queue, tag, key: self.key };
-        Slot::new(place, buffer, Arc::clone(&self.mailbox))
+        let reach = self.portal.as_ref().map(|p| Reach::new(Arc::clone(p), self.first_index + tag));
+        Slot::new(place, buffer, reach, Arc::clone(&self.mailbox))
     }
 
     /// The slot for a tag whose buffer nobody will look at.
@@ -116,6 +144,15 @@ impl Queue {
 
     pub(crate) fn commands(&self) -> PerTag {
         self.commands
+    }
+
+    pub(crate) fn first_index(&self) -> u16 {
+        self.first_index
+    }
+
+    /// Whether the ring's table of buffers has places for the queue's tags.
+    pub(crate) fn registers(&self) -> bool {
+        self.start.path.registers()
     }
 
     pub(crate) fn depth(&self) -> u16 {
@@ -178,6 +215,17 @@ impl Queue {
             tracing::error!(device = self.start.device, tag, bytes, "a request beyond its buffer");
             return end(Errno::EIO);
         }
+        if let Some(reach) = slot.reach()
+            && self.start.path == DataPath::AutoBufReg
+            && op.has_data()
+        {
+            if desc.op_flags & uapi::UBLK_IO_F_NEED_REG_BUF == 0 {
+                reach.set_registered();
+            } else {
+                reach.set_refused();
+                self.start.meter.unregistered.add(1);
+            }
+        }
         Ok(Request::new(slot, op, &desc))
     }
 
@@ -185,9 +233,30 @@ impl Queue {
         self.ops[usize::from(tag)].unwrap_or(Op::Flush)
     }
 
-    /// The command that commits what `slot` ended with; `None` if it is not the tag's any more, or has to
-    /// wait.
-    pub(crate) fn settle(&mut self, slot: Arc<Slot>, now: Stamp) -> Option<Entry> {
+    /// A write has come whose data is to be put somewhere.
+    pub(crate) fn needs_buffer(&self, tag: u16) -> Option<Entry> {
+        Some(self.commands.need_get_data(self.slots.get(usize::from(tag))?))
+    }
+
+    /// The ring would not take a request's pages.
+    pub(crate) fn not_registered(&self, tag: u16) {
+        self.start.meter.unregistered.add(1);
+        if let Some(reach) = self.slots.get(usize::from(tag)).and_then(|slot| slot.reach()) {
+            reach.set_refused();
+        }
+    }
+
+    /// The request of `slot` ends: its pages leave the ring's table, if they are there.
+    fn release_pages(&self, slot: &Slot) -> Option<Entry> {
+        let reach = slot.reach()?;
+        let token = Token::Unregister.encode();
+        let tag = slot.place().tag;
+        reach.forget().then(|| self.commands.unregister(tag, reach.index()).user_data(token))
+    }
+
+    /// The commands that commit what `slot` ended with, in their order; none if it is not the tag's any more,
+    /// or has to wait.
+    pub(crate) fn settle(&mut self, slot: Arc<Slot>, now: Stamp) -> Option<Ending> {
         let tag = slot.place().tag;
         let current = self.slots.get(usize::from(tag))?;
         if !Arc::ptr_eq(current, &slot) {
@@ -210,6 +279,7 @@ impl Queue {
             Ok(bytes) => i32::try_from(bytes).unwrap_or(i32::MAX),
             Err(errno) => -errno.raw(),
         };
+        let release = self.release_pages(&slot);
         if outcome.keeps_buffer {
             match self.replacement(&slot, outcome) {
                 Ok(fresh) => self.slots[usize::from(tag)] = fresh,
@@ -224,7 +294,10 @@ impl Queue {
         } else {
             slot.recycle();
         }
-        Some(self.commands.commit(&self.slots[usize::from(tag)], result))
+        Some(Ending {
+            release,
+            commit: self.commands.commit(&self.slots[usize::from(tag)], result),
+        })
     }
 
     /// A slot with fresh memory for the tag of `old`, whose buffer somebody keeps. The data of a read moves
@@ -233,7 +306,8 @@ impl Queue {
         let region = Arc::new(Region::new(self.start.buffer as usize, self.start.backing)?);
         let tag = old.place().tag;
         let mut soiled = 0;
-        if let (Op::Read, Ok(bytes)) = (self.op_of(tag), outcome.result) {
+        // Elsewhere it is with the client already.
+        if let (Op::Read, Ok(bytes), None) = (self.op_of(tag), outcome.result, &self.portal) {
             let bytes = bytes.min(self.start.buffer) as usize;
             // SAFETY: both buffers have at least `bytes` bytes; the new one is nobody else's yet. The old
             // one's keeper has a raw address only (`KeptBuffer`), and this copies through raw addresses,
@@ -267,6 +341,7 @@ impl Queue {
             self.start.meter.revoked.add(1);
             self.start.meter.ended(tag, op, None, now);
             let fresh = self.sink(tag);
+            entries.extend(self.release_pages(&self.slots[usize::from(tag)]));
             entries.push(
                 self.commands
                     .commit(&fresh, -libc::EIO)

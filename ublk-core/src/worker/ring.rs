@@ -17,7 +17,9 @@ use io_uring::{opcode, squeue, types};
 
 use super::core::{Shared, Token};
 use super::operations::{Hold, Keep};
+use super::portal;
 use crate::request::{Op, Request};
+use crate::uring::sqe::Target;
 
 /// A buffer that can be lent to the kernel: owned, and at an address that does not change when the owner
 /// is moved.
@@ -224,14 +226,17 @@ impl Ring {
         let _ = unsafe { self.submit(entry, keep) }.await;
     }
 
-    /// Reads from `file` at byte `offset` straight into `range` of a read request's buffer. Returns the
-    /// number of bytes read, which may be less; 0 at the end of the file.
+    /// Reads from `file` at byte `offset` into `range` of a read request's data. Returns the number of bytes read,
+    /// which may be less; 0 at the end of the file.
     ///
-    /// The request is committed only when the operation has ended, whatever becomes of the future.
+    /// With a data path that registers the client's pages with the ring, the data goes straight there; otherwise
+    /// it goes by the request's buffer. The request is committed only when the operation has ended, whatever
+    /// becomes of the future.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the request is no read or the range does not fit.
+    /// `EINVAL` if the request is no read or the range does not fit, `ECANCELED` if it was revoked, and what the
+    /// file's read reports.
     pub async fn read_to_request(
         &self,
         file: &RingFile,
@@ -240,8 +245,26 @@ impl Ring {
         range: Range<usize>,
     ) -> io::Result<usize> {
         let (start, len) = part(request, Op::Read, &range)?;
+        if !request.is_buffered()
+            && let Some(index) = self.pages_of(request)
+        {
+            let at = std::ptr::without_provenance_mut(range.start);
+            let entry = opcode::ReadFixed::new(fd(file), at, len, index).offset(offset).build();
+            match self.with_request(Some(file), entry, request).await {
+                Err(e) if request.lost_its_pages(&e) => {}
+                read => {
+                    let n = read? as usize;
+                    request.filled_by_ring(range.start as u32..(range.start + n) as u32);
+                    return Ok(n);
+                }
+            }
+        }
+        request.slot_for_ring().soil(range.end as u32);
         let entry = opcode::Read::new(fd(file), start, len).offset(offset).build();
-        let n = self.with_request(file, entry, request).await? as usize;
+        let n = self.with_request(Some(file), entry, request).await? as usize;
+        if !request.is_buffered() {
+            self.through_portal(request, range.start..range.start + n).await?;
+        }
         request.filled_by_ring(range.start as u32..(range.start + n) as u32);
         Ok(n)
     }
@@ -249,11 +272,14 @@ impl Ring {
     /// Writes `range` of a write request's data to `file` at byte `offset`. Returns the number of bytes
     /// written, which may be less. `durable` makes the file's data durable with it (`RWF_DSYNC`).
     ///
-    /// The request is committed only when the operation has ended, whatever becomes of the future.
+    /// With a data path that registers the client's pages with the ring, the data comes straight from there;
+    /// otherwise it comes by the request's buffer. The request is committed only when the operation has ended,
+    /// whatever becomes of the future.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the request is no write or the range does not fit.
+    /// `EINVAL` if the request is no write or the range does not fit, `ECANCELED` if it was revoked, and what the
+    /// file's write reports.
     pub async fn write_from_request(
         &self,
         file: &RingFile,
@@ -264,21 +290,78 @@ impl Ring {
     ) -> io::Result<usize> {
         let (start, len) = part(request, Op::Write, &range)?;
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
+        if !request.is_buffered()
+            && let Some(index) = self.pages_of(request)
+        {
+            let at = std::ptr::without_provenance(range.start);
+            let entry = opcode::WriteFixed::new(fd(file), at, len, index)
+                .offset(offset)
+                .rw_flags(flags)
+                .build();
+            match self.with_request(Some(file), entry, request).await {
+                Err(e) if request.lost_its_pages(&e) => {}
+                written => return written.map(|n| n as usize),
+            }
+        }
+        if !request.is_buffered() {
+            request.slot_for_ring().soil(range.end as u32);
+            self.through_portal(request, range).await?;
+        }
         let entry = opcode::Write::new(fd(file), start, len).offset(offset).rw_flags(flags).build();
-        self.with_request(file, entry, request).await.map(|n| n as usize)
+        self.with_request(Some(file), entry, request).await.map(|n| n as usize)
+    }
+
+    /// The place of a request's pages in the ring's table of buffers, if they can be used there.
+    fn pages_of(&self, request: &Request) -> Option<u16> {
+        let slot = request.slot_for_ring();
+        if !slot.reach()?.portal().path().registers() || !slot.is_owned() {
+            return None;
+        }
+        self.shared.lock()?.pages_of(slot)
+    }
+
+    /// Moves a part of a request's data between its buffer and the client, by the device's file.
+    async fn through_portal(&self, request: &Request, range: Range<usize>) -> io::Result<()> {
+        let slot = request.slot_for_ring();
+        let target = self.shared.lock().and_then(|mut core| core.target_of(slot));
+        let target = target.ok_or_else(|| io::Error::from_raw_os_error(libc::ECANCELED))?;
+        let mut at = range.start;
+        while at < range.end {
+            let rest = at..range.end;
+            let (start, len) = part(request, request.op(), &rest)?;
+            let position = portal::position(slot.place()) + at as u64;
+            let entry = match (request.op(), target) {
+                (Op::Read, Target::Fd(fd)) => {
+                    opcode::Write::new(fd, start, len).offset(position).build()
+                }
+                (Op::Read, Target::Fixed(file)) => {
+                    opcode::Write::new(file, start, len).offset(position).build()
+                }
+                (_, Target::Fd(fd)) => opcode::Read::new(fd, start, len).offset(position).build(),
+                (_, Target::Fixed(file)) => {
+                    opcode::Read::new(file, start, len).offset(position).build()
+                }
+            };
+            match self.with_request(None, entry, request).await? {
+                0 => return Err(io::Error::from_raw_os_error(libc::EIO)),
+                n => at += n as usize,
+            }
+        }
+        Ok(())
     }
 
     async fn with_request(
         &self,
-        file: &RingFile,
+        file: Option<&RingFile>,
         entry: squeue::Entry,
         request: &Request,
     ) -> io::Result<u32> {
         let slot = Arc::clone(request.slot_for_ring());
-        let keep = Keep { hold: Hold::Request(slot), file: Some(Arc::clone(&file.0)) };
-        // SAFETY: the address is within the slot's buffer (`part`), which `keep` keeps; while the operation
-        // is counted on the slot, the request refuses access by reference (of a read) and the worker does
-        // not give the memory to the kernel's driver.
+        let keep = Keep { hold: Hold::Request(slot), file: file.map(|file| Arc::clone(&file.0)) };
+        // SAFETY: an address is within the slot's buffer (`part`), which `keep` keeps; while the operation
+        // is counted on the slot, the request refuses access by reference (to what is written) and the worker
+        // does not give the memory to the kernel's driver. Of an operation on registered pages it is an offset
+        // in these, which the kernel checks.
         unsafe { self.submit(entry, keep) }.await.0
     }
 }
@@ -297,7 +380,6 @@ fn part(request: &Request, op: Op, range: &Range<usize>) -> io::Result<(*mut u8,
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
     let buffer = request.slot_for_ring().buffer();
-    request.slot_for_ring().soil(range.end as u32);
     // SAFETY: the range is inside of the request's length, which is inside of the buffer.
     let start = unsafe { buffer.start().as_ptr().add(range.start) };
     Ok((start, range.len() as u32))
@@ -326,6 +408,10 @@ impl Future for Operation {
                 let Some(mut core) = this.ring.shared.lock() else {
                     return Poll::Ready((Err(io::Error::from_raw_os_error(libc::ECANCELED)), keep));
                 };
+                // The tag may be another request's, and its pages too.
+                if matches!(&keep.hold, Hold::Request(slot) if !slot.is_owned()) {
+                    return Poll::Ready((Err(io::Error::from_raw_os_error(libc::ECANCELED)), keep));
+                }
                 if !core.room_or_park(context.waker()) {
                     this.state = State::New(entry, keep);
                     return Poll::Pending;

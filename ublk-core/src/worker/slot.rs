@@ -10,7 +10,8 @@
 //! | `Revoked`| the request, until it is dropped | never                                         |
 //!
 //! `finish` and `revoke` are compare-and-swaps on one word that also carries the result, so exactly one
-//! of them wins. A revoked slot is never used again: the worker gives the tag a new one with new memory,
+//! of them wins. While the request moves data through the device's file it is `Owned` with a mark, and is
+//! not revoked: the tag would be another request's by the time the data got there. A revoked slot is never used again: the worker gives the tag a new one with new memory,
 //! the old lives as long as somebody holds it, and a late `finish` is told so.
 //!
 //! [`Request`]: crate::Request
@@ -19,9 +20,11 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use super::handoff::{Link, Linked};
 use super::mailbox::Mailbox;
+use super::portal::{Portal, Reach};
 use crate::error::Errno;
 use crate::sys::memory::Region;
 
@@ -83,6 +86,11 @@ const DONE: u64 = 2;
 const REVOKED: u64 = 3;
 const DROPPED: u64 = 1 << 2;
 const KEEPS_BUFFER: u64 = 1 << 3;
+/// With `OWNED`: data is on its way through the device's file.
+const MOVING: u64 = 1 << 4;
+
+/// How long a revocation waits for data on its way, which is a copy of 32 MiB at most.
+const MOVE_LIMIT: Duration = Duration::from_secs(1);
 
 fn encode(outcome: Outcome) -> u64 {
     let result: i32 = match outcome.result {
@@ -107,7 +115,9 @@ pub(crate) struct Slot {
     place: Place,
     buffer: Buffer,
     mailbox: Arc<Mailbox>,
-    /// Ring operations in flight on the buffer. The worker commits only at zero.
+    /// How the request gets to its data, unless the driver copies it to and from the buffer.
+    reach: Option<Reach>,
+    /// Ring operations in flight on the buffer or the request's pages. The worker commits only at zero.
     operations: AtomicU32,
     /// The buffer is zero from this byte on: what has to be zeroed for a read ends there.
     dirty: AtomicU32,
@@ -120,13 +130,19 @@ impl Linked for Slot {
 }
 
 impl Slot {
-    pub(crate) fn new(place: Place, buffer: Buffer, mailbox: Arc<Mailbox>) -> Arc<Self> {
+    pub(crate) fn new(
+        place: Place,
+        buffer: Buffer,
+        reach: Option<Reach>,
+        mailbox: Arc<Mailbox>,
+    ) -> Arc<Self> {
         Arc::new(Slot {
             state: AtomicU64::new(KERNEL),
             link: Link::new(),
             place,
             buffer,
             mailbox,
+            reach,
             operations: AtomicU32::new(0),
             dirty: AtomicU32::new(0),
         })
@@ -163,7 +179,61 @@ impl Slot {
     /// The worker takes the tag away from its request. False if the request ended before, or there is none.
     #[must_use]
     pub(crate) fn revoke(&self) -> bool {
-        self.state.compare_exchange(OWNED, REVOKED, Ordering::AcqRel, Ordering::Acquire).is_ok()
+        let mut since = None;
+        loop {
+            match self.state.compare_exchange(OWNED, REVOKED, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return true,
+                Err(word) if word != OWNED | MOVING => return false,
+                Err(_) if since.get_or_insert_with(Instant::now).elapsed() > MOVE_LIMIT => {
+                    return false;
+                }
+                Err(_) => std::thread::yield_now(),
+            }
+        }
+    }
+
+    /// Whether the request that the slot was issued to still has it.
+    pub(crate) fn is_owned(&self) -> bool {
+        self.state.load(Ordering::Acquire) & PHASE == OWNED
+    }
+
+    /// Whether the request that the slot was issued to lost it.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.state.load(Ordering::Acquire) & PHASE == REVOKED
+    }
+
+    /// The way to the data, unless the driver copies it to and from the buffer.
+    pub(crate) fn reach(&self) -> Option<&Reach> {
+        self.reach.as_ref()
+    }
+
+    /// Moves data of the request that has the slot, which is not revoked meanwhile.
+    fn moving(&self, step: impl FnOnce(&Portal) -> Result<(), Errno>) -> Result<(), Errno> {
+        let portal = self.reach().ok_or(Errno::EINVAL)?.portal();
+        let moving = OWNED | MOVING;
+        self.state
+            .compare_exchange(OWNED, moving, Ordering::AcqRel, Ordering::Relaxed)
+            .map_err(|_| Errno::ECANCELED)?;
+        let result = step(portal);
+        // Nothing else changes the word from there.
+        self.state.store(OWNED, Ordering::Release);
+        result
+    }
+
+    /// Copies the data of the write that has the slot to the buffer.
+    ///
+    /// # Safety
+    ///
+    /// The caller is the request, `len` is within the buffer, and nobody has a reference into it or works on it.
+    pub(crate) unsafe fn pull(&self, len: usize) -> Result<(), Errno> {
+        let to = self.buffer.start().as_ptr();
+        // SAFETY: within the buffer, which is the request's alone.
+        self.moving(|portal| unsafe { portal.pull(self.place, 0, to, len) })
+    }
+
+    /// Copies data to the read that has the slot, from its byte `at` on.
+    pub(crate) fn push(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
+        self.moving(|portal| portal.push(self.place, at, data))
     }
 
     /// How the request ended; `None` unless it did.
@@ -237,7 +307,7 @@ mod tests {
     fn slot() -> Arc<Slot> {
         let region = Arc::new(Region::new(4096, Backing::default()).unwrap());
         let place = Place { device: 0, queue: 0, tag: 0, key: 0 };
-        Slot::new(place, Buffer::new(region, 0, 4096), Mailbox::detached())
+        Slot::new(place, Buffer::new(region, 0, 4096), None, Mailbox::detached())
     }
 
     fn outcome(result: Result<u32, Errno>) -> Outcome {

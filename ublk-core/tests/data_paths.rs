@@ -1,0 +1,434 @@
+//! Every way to move data, with every kind of backend: what a client writes is what the backend gets, what the
+//! backend says is what a client reads, and nothing of one request shows in another.
+
+mod disk;
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::time::Duration;
+
+use disk::{Client, Ram, SOON, eventually, no_devices};
+use ublk_core::control::{Control, Features};
+use ublk_core::targets::{File as FileTarget, Mem, Null};
+use ublk_core::{
+    Builder, Capabilities, DataPath, Errno, ErrorKind, Gone, Op, QueueContext, Request, Workers,
+};
+
+const MIB: u64 = 1 << 20;
+const BLOCK: usize = 4096;
+
+const PATHS: [(DataPath, Features); 5] = [
+    (DataPath::Copy, Features::NONE),
+    (DataPath::NeedGetData, Features::NEED_GET_DATA),
+    (DataPath::UserCopy, Features::USER_COPY),
+    (DataPath::ZeroCopy, Features::SUPPORT_ZERO_COPY),
+    (DataPath::AutoBufReg, Features::AUTO_BUF_REG),
+];
+
+fn offered() -> Features {
+    Control::open().unwrap().features().unwrap()
+}
+
+/// The paths that this kernel has.
+fn paths() -> Vec<DataPath> {
+    let offered = offered();
+    PATHS.iter().filter(|(_, f)| offered.contains(*f)).map(|(path, _)| *path).collect()
+}
+
+fn pattern(len: usize, seed: usize) -> Vec<u8> {
+    (0..len).map(|i| ((i / 7 + i * 31 + seed * 13) % 251) as u8).collect()
+}
+
+/// Writes and reads requests of many sizes, at odd places, and compares.
+fn exercise(client: &Client, size: u64) {
+    let mut expected = vec![0; size as usize];
+    let shapes = [(0, 512), (512, 4096), (8192, 65536), (MIB - 512, 1024), (3 << 18, 524_288)];
+    for (seed, (offset, len)) in shapes.into_iter().enumerate() {
+        let data = pattern(len, seed);
+        assert_eq!(client.write(offset, &data).unwrap(), len);
+        expected[offset as usize..][..len].copy_from_slice(&data);
+    }
+    for (offset, len) in shapes.into_iter().chain([(0, MIB as usize), (4096, 4096)]) {
+        let read = client.read(offset, len).unwrap();
+        assert!(read == expected[offset as usize..][..len], "{len} bytes at {offset}");
+    }
+}
+
+#[test]
+fn a_backend_of_slices_works_on_every_path() {
+    for path in paths() {
+        for threads in [0, 2] {
+            let disk = Builder::new(4 * MIB, Ram::new(4 << 20)).queue_depth(8);
+            let disk = disk.data_path(path).threads(threads).start().unwrap();
+            assert_eq!(disk.data_path(), path);
+            exercise(&Client::open(disk.path()), 4 * MIB);
+            let stopped = disk.stop(SOON).unwrap();
+            assert_eq!(stopped.stats.total().rejected, 0, "{path}");
+        }
+    }
+    no_devices();
+}
+
+#[test]
+fn a_file_works_on_every_path_and_has_the_data() {
+    for path in paths().into_iter().chain([DataPath::Auto]) {
+        let name = format!("/tmp/ublk-paths-{}", std::process::id());
+        File::create(&name).unwrap().set_len(4 * MIB).unwrap();
+        let disk = FileTarget::open(&name).unwrap().builder().queue_depth(8).data_path(path);
+        let disk = disk.start().unwrap();
+        match path {
+            DataPath::Auto if offered().contains(Features::AUTO_BUF_REG) => {
+                assert_eq!(disk.data_path(), DataPath::AutoBufReg);
+            }
+            DataPath::Auto => assert_eq!(disk.data_path(), DataPath::Copy),
+            path => assert_eq!(disk.data_path(), path),
+        }
+        let client = Client::open(disk.path());
+        exercise(&client, 4 * MIB);
+        let data = pattern(65536, 99);
+        client.write(2 * MIB, &data).unwrap();
+        client.fsync().unwrap();
+        let mut file = File::open(&name).unwrap();
+        file.seek(SeekFrom::Start(2 * MIB)).unwrap();
+        let mut there = vec![0; data.len()];
+        file.read_exact(&mut there).unwrap();
+        assert!(there == data, "{path}: the file's contents");
+        drop(client);
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert_eq!((stats.rejected, stats.unregistered), (0, 0), "{path}");
+        std::fs::remove_file(&name).unwrap();
+    }
+    no_devices();
+}
+
+#[test]
+fn ready_made_targets_work_on_every_path() {
+    for path in paths() {
+        let mem = Mem::new(4 * MIB);
+        let disk = mem.builder().data_path(path).queue_depth(4).start().unwrap();
+        exercise(&Client::open(disk.path()), 4 * MIB);
+        disk.stop(SOON).unwrap();
+        let disk = Null::new().builder(4 * MIB).data_path(path).start().unwrap();
+        let client = Client::open(disk.path());
+        client.write(0, &[7; BLOCK]).unwrap();
+        assert_eq!(client.read(0, BLOCK).unwrap(), [0; BLOCK], "{path}");
+        drop(client);
+        disk.stop(SOON).unwrap();
+    }
+}
+
+/// A handler that is a function.
+fn handled(
+    path: DataPath,
+    handle: impl FnMut(Request, &mut QueueContext<'_>) + Clone + Send + Sync + 'static,
+) -> Builder {
+    Builder::with_handlers(4 * MIB, Capabilities::WRITE, move |_| handle.clone())
+        .queue_depth(1)
+        .data_path(path)
+}
+
+/// What reads of the first 64 KiB are answered with, apart from the kernel's own looks at the disk.
+fn is_probe(request: &Request) -> bool {
+    request.op() != Op::Read || request.offset() < MIB
+}
+
+#[test]
+fn what_a_handler_leaves_out_of_a_read_is_zero_whatever_was_there_before() {
+    for path in paths() {
+        let disk = handled(path, |mut request: Request, _: &mut QueueContext<'_>| {
+            if !is_probe(&request) {
+                match request.offset() / MIB {
+                    1 => request.data_mut().fill(0xee),
+                    2 => {
+                        request.put(512, &[0x11; 512]);
+                        request.put_zeroes(4096, 100);
+                        request.put(8192 - 10, &[0x22; 10]);
+                    }
+                    _ => {
+                        // What was put before does not show on a path without copies; the slice counts.
+                        request.put(0, &[0x33; 512]);
+                        let copied = matches!(request.data_path(), DataPath::Copy);
+                        let data = request.data_mut();
+                        assert_eq!(data[0], if copied { 0x33 } else { 0 });
+                        data[1] = 0x44;
+                        data[0] = 0x33;
+                        request.put(600, &[0x55]);
+                    }
+                }
+            }
+            request.complete(Ok::<(), Errno>(())).unwrap();
+        });
+        let disk = disk.start().unwrap();
+        let client = Client::open(disk.path());
+        for _ in 0..2 {
+            assert_eq!(client.read(MIB, 8192).unwrap(), [0xee; 8192]);
+            let mut expected = vec![0; 8192];
+            expected[512..1024].fill(0x11);
+            expected[8192 - 10..].fill(0x22);
+            assert!(client.read(2 * MIB, 8192).unwrap() == expected, "{path}");
+            let read = client.read(3 * MIB, 8192).unwrap();
+            assert_eq!((read[0], read[1], read[600]), (0x33, 0x44, 0x55), "{path}");
+            assert!(read[601..].iter().all(|b| *b == 0), "{path}");
+        }
+        drop(client);
+        disk.stop(SOON).unwrap();
+    }
+}
+
+#[test]
+fn a_request_may_be_finished_by_another_thread_on_every_path() {
+    for path in paths() {
+        let (send, receive) = mpsc::channel::<Request>();
+        let store = Arc::new(Mutex::new(vec![0; 4 << 20]));
+        let thread = std::thread::spawn(move || {
+            for mut request in receive {
+                let at = request.offset() as usize;
+                let mut store = store.lock().unwrap();
+                match request.op() {
+                    Op::Read => {
+                        let len = request.len() as usize;
+                        request.data_mut().copy_from_slice(&store[at..][..len]);
+                    }
+                    _ => store[at..][..request.data().len()].copy_from_slice(request.data()),
+                }
+                request.complete(Ok::<(), Errno>(())).unwrap();
+            }
+        });
+        let disk = handled(path, move |request, _: &mut QueueContext<'_>| {
+            send.send(request).unwrap();
+        });
+        let disk = disk.queue_depth(8).start().unwrap();
+        exercise(&Client::open(disk.path()), 4 * MIB);
+        disk.stop(SOON).unwrap();
+        thread.join().unwrap();
+    }
+}
+
+#[test]
+fn a_kept_buffer_is_its_holders_on_every_path() {
+    for path in paths() {
+        let kept = Arc::new(Mutex::new(Vec::new()));
+        let theirs = Arc::clone(&kept);
+        let disk = handled(path, move |mut request: Request, _: &mut QueueContext<'_>| {
+            if is_probe(&request) && request.op() == Op::Read {
+                request.complete(Ok::<(), Errno>(())).unwrap();
+                return;
+            }
+            let mut kept = theirs.lock().unwrap();
+            let fill = 0x60 + kept.len() as u8;
+            match request.op() {
+                Op::Read => request.data_mut().fill(fill),
+                _ => assert_eq!(request.data()[0], 0x77),
+            }
+            kept.push(request.complete_keeping_buffer(Ok::<(), Errno>(())).unwrap());
+        });
+        let disk = disk.start().unwrap();
+        let client = Client::open(disk.path());
+        for round in 0..4u8 {
+            let read = client.read(MIB, BLOCK).unwrap();
+            assert_eq!(read, [0x60 + 2 * round; BLOCK], "{path}");
+            client.write(0, &[0x77; BLOCK]).unwrap();
+        }
+        drop(client);
+        disk.stop(SOON).unwrap();
+        for (i, buffer) in kept.lock().unwrap().iter().enumerate() {
+            // SAFETY: the buffer is this holder's alone, and has that many bytes.
+            let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr(), buffer.len()) };
+            let fill = if i % 2 == 0 { 0x60 + i as u8 } else { 0x77 };
+            assert!(bytes.iter().all(|b| *b == fill), "{path}: buffer {i}");
+        }
+    }
+}
+
+#[test]
+fn a_held_request_is_revoked_on_every_path_and_its_late_data_goes_nowhere() {
+    for path in paths() {
+        let held = Arc::new(Mutex::new(Vec::new()));
+        let theirs = Arc::clone(&held);
+        let disk = handled(path, move |request: Request, _: &mut QueueContext<'_>| {
+            if is_probe(&request) && request.op() == Op::Read {
+                request.complete(Ok::<(), Errno>(())).unwrap();
+            } else {
+                theirs.lock().unwrap().push(request);
+            }
+        });
+        let disk = disk.queue_depth(2).start().unwrap();
+        let device = disk.path().to_owned();
+        let client = std::thread::spawn(move || Client::open(&device).read_errno(MIB, BLOCK));
+        eventually("the request is held", || held.lock().unwrap().len() == 1);
+        disk.stop_force(Duration::from_millis(300)).unwrap();
+        assert_eq!(client.join().unwrap(), libc::EIO, "{path}");
+        let mut request = held.lock().unwrap().pop().unwrap();
+        request.put(0, &[1; 512]);
+        request.data_mut().fill(2);
+        let gone = request.complete(Ok::<(), Errno>(()));
+        assert!(matches!(gone, Err(Gone { tag: 0 | 1, .. })), "{path}");
+        no_devices();
+    }
+}
+
+/// Fills a read from a file by two operations at a time.
+#[test]
+fn parts_of_a_request_go_to_the_ring_together_on_every_path() {
+    let name = format!("/tmp/ublk-parts-{}", std::process::id());
+    let contents = pattern(4 << 20, 5);
+    std::fs::write(&name, &contents).unwrap();
+    for path in paths() {
+        let file = File::options().read(true).write(true).open(&name).unwrap();
+        let file = ublk_core::RingFile::new(file);
+        let running = Arc::new(AtomicUsize::new(0));
+        let together = Arc::new(AtomicBool::new(false));
+        let (count, both) = (Arc::clone(&running), Arc::clone(&together));
+        let disk = handled(path, move |request: Request, context: &mut QueueContext<'_>| {
+            let (file, ring) = (file.clone(), context.ring().clone());
+            let (count, both) = (Arc::clone(&count), Arc::clone(&both));
+            context.spawn(async move {
+                let half = (request.len() / 2) as usize;
+                let part = |range: std::ops::Range<usize>| {
+                    let (ring, file, request) = (&ring, &file, &request);
+                    let (count, both) = (&count, &both);
+                    async move {
+                        if count.fetch_add(1, Ordering::SeqCst) == 1 {
+                            both.store(true, Ordering::SeqCst);
+                        }
+                        let at = request.offset() + range.start as u64;
+                        let len = range.len();
+                        let n = match request.op() {
+                            Op::Read => ring.read_to_request(file, at, request, range).await,
+                            _ => ring.write_from_request(file, at, request, range, false).await,
+                        };
+                        count.fetch_sub(1, Ordering::SeqCst);
+                        assert_eq!(n.unwrap(), len);
+                    }
+                };
+                join(part(0..half), part(half..2 * half)).await;
+                let _ = request.complete(Ok::<(), Errno>(()));
+            });
+        });
+        let disk = disk.start().unwrap();
+        let client = Client::open(disk.path());
+        for (offset, len) in [(MIB, 8192), (2 * MIB, 262_144), (0, 1024)] {
+            let read = client.read(offset, len).unwrap();
+            assert!(read == contents[offset as usize..][..len], "{path}: {len} at {offset}");
+            client.write(offset, &read).unwrap();
+        }
+        assert!(together.load(Ordering::SeqCst), "{path}: one after the other");
+        drop(client);
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert_eq!(stats.unregistered, 0, "{path}");
+    }
+    assert!(std::fs::read(&name).unwrap() == contents);
+    std::fs::remove_file(&name).unwrap();
+}
+
+/// Runs two futures together.
+async fn join(a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
+    let (mut a, mut b) = (Box::pin(a), Box::pin(b));
+    let (mut a_done, mut b_done) = (false, false);
+    std::future::poll_fn(move |context| {
+        a_done = a_done || a.as_mut().poll(context).is_ready();
+        b_done = b_done || b.as_mut().poll(context).is_ready();
+        if a_done && b_done { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+#[test]
+fn devices_of_every_path_share_a_worker() {
+    let workers = Workers::new(1).unwrap();
+    let disks: Vec<_> = paths()
+        .into_iter()
+        .chain(paths())
+        .map(|path| {
+            let name = format!("/tmp/ublk-share-{}-{path}", std::process::id());
+            File::create(&name).unwrap().set_len(4 * MIB).unwrap();
+            let disk = FileTarget::open(&name).unwrap().builder().data_path(path);
+            let disk = disk.queue_depth(16).workers(&workers).start().unwrap();
+            std::fs::remove_file(name).unwrap();
+            disk
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        for disk in &disks {
+            scope.spawn(|| exercise(&Client::open(disk.path()), 4 * MIB));
+        }
+    });
+    // The places of one that left are the next one's.
+    for disk in disks {
+        let path = disk.data_path();
+        disk.stop(SOON).unwrap();
+        let next = Mem::new(4 * MIB).builder().data_path(path).workers(&workers).start().unwrap();
+        exercise(&Client::open(next.path()), 4 * MIB);
+        next.stop(SOON).unwrap();
+    }
+    no_devices();
+}
+
+#[test]
+fn a_workers_table_of_buffers_is_finite_and_says_so() {
+    if !offered().contains(Features::AUTO_BUF_REG) {
+        return;
+    }
+    let workers = Workers::new(1).unwrap();
+    let start = || {
+        let disk = Null::new().builder(MIB).queue_depth(4096).data_path(DataPath::AutoBufReg);
+        disk.workers(&workers).start()
+    };
+    let mut disks = Vec::new();
+    let error = loop {
+        match start() {
+            Ok(disk) => disks.push(disk),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(disks.len(), 4, "16384 places");
+    assert_eq!(error.kind(), ErrorKind::TooMany, "{error}");
+    assert!(error.to_string().contains("table of 16384 buffers"), "{error}");
+    disks.pop().unwrap().stop(SOON).unwrap();
+    disks.push(start().unwrap());
+    drop(disks);
+    no_devices();
+}
+
+#[test]
+fn a_path_that_the_kernel_lacks_is_refused_by_name_before_anything_exists() {
+    let offered = offered();
+    for (path, feature) in PATHS {
+        if !offered.contains(feature) {
+            let e = Null::new().builder(MIB).data_path(path).start().unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::Unsupported);
+            assert!(e.to_string().contains("since Linux 6.1"), "{e}");
+        }
+    }
+    for features in [Features::USER_COPY, Features::AUTO_BUF_REG | Features::NEED_GET_DATA] {
+        let e = Null::new().builder(MIB).require(features).start().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+        assert!(e.to_string().contains("Builder::data_path"), "{e}");
+    }
+    no_devices();
+}
+
+#[test]
+fn descriptors_may_be_larger() {
+    for (bytes, fine) in
+        [(24, true), (32, true), (64, true), (256, true), (16, false), (260, false), (264, false)]
+    {
+        let disk =
+            Builder::new(4 * MIB, Ram::new(4 << 20)).queues(2).descriptor_bytes(bytes).start();
+        match disk {
+            Ok(disk) => {
+                assert!(fine, "{bytes}");
+                assert_eq!(disk.info().io_desc_size, bytes);
+                exercise(&Client::open(disk.path()), 4 * MIB);
+                disk.stop(SOON).unwrap();
+            }
+            Err(e) if fine => {
+                assert!(!offered().contains(Features::IO_DESC_SIZE), "{e}");
+                assert!(e.to_string().contains("IO_DESC_SIZE (since Linux 7.3)"), "{e}");
+            }
+            Err(e) => assert!(e.to_string().contains("24 to 256"), "{e}"),
+        }
+    }
+}
