@@ -31,10 +31,36 @@ fn offered() -> Features {
     Control::open().unwrap().features().unwrap()
 }
 
-/// The paths that this kernel has.
-fn paths() -> Vec<DataPath> {
+/// A way to move data together with one to move commands.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    path: DataPath,
+    batch: bool,
+}
+
+impl Way {
+    fn tune(self, builder: Builder) -> Builder {
+        let batch = if self.batch { Features::BATCH_IO } else { Features::NONE };
+        builder.data_path(self.path).require(batch)
+    }
+}
+
+impl std::fmt::Display for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}", self.path, if self.batch { " in batches" } else { "" })
+    }
+}
+
+/// Those that this kernel has.
+fn ways() -> Vec<Way> {
     let offered = offered();
-    PATHS.iter().filter(|(_, f)| offered.contains(*f)).map(|(path, _)| *path).collect()
+    let all = PATHS.iter().flat_map(|(path, f)| [(*path, *f, false), (*path, *f, true)]);
+    all.filter(|(path, feature, batch)| {
+        offered.contains(*feature)
+            && (!batch || offered.contains(Features::BATCH_IO) && *path != DataPath::NeedGetData)
+    })
+    .map(|(path, _, batch)| Way { path, batch })
+    .collect()
 }
 
 fn pattern(len: usize, seed: usize) -> Vec<u8> {
@@ -58,14 +84,14 @@ fn exercise(client: &Client, size: u64) {
 
 #[test]
 fn a_backend_of_slices_works_on_every_path() {
-    for path in paths() {
+    for way in ways() {
         for threads in [0, 2] {
             let disk = Builder::new(4 * MIB, Ram::new(4 << 20)).queue_depth(8);
-            let disk = disk.data_path(path).threads(threads).start().unwrap();
-            assert_eq!(disk.data_path(), path);
+            let disk = way.tune(disk).threads(threads).start().unwrap();
+            assert_eq!(disk.data_path(), way.path);
             exercise(&Client::open(disk.path()), 4 * MIB);
             let stopped = disk.stop(SOON).unwrap();
-            assert_eq!(stopped.stats.total().rejected, 0, "{path}");
+            assert_eq!(stopped.stats.total().rejected, 0, "{way}");
         }
     }
     no_devices();
@@ -73,12 +99,12 @@ fn a_backend_of_slices_works_on_every_path() {
 
 #[test]
 fn a_file_works_on_every_path_and_has_the_data() {
-    for path in paths().into_iter().chain([DataPath::Auto]) {
+    for way in ways().into_iter().chain([Way { path: DataPath::Auto, batch: false }]) {
         let name = format!("/tmp/ublk-paths-{}", std::process::id());
         File::create(&name).unwrap().set_len(4 * MIB).unwrap();
-        let disk = FileTarget::open(&name).unwrap().builder().queue_depth(8).data_path(path);
-        let disk = disk.start().unwrap();
-        match path {
+        let disk = FileTarget::open(&name).unwrap().builder().queue_depth(8);
+        let disk = way.tune(disk).start().unwrap();
+        match way.path {
             DataPath::Auto if offered().contains(Features::AUTO_BUF_REG) => {
                 assert_eq!(disk.data_path(), DataPath::AutoBufReg);
             }
@@ -94,10 +120,10 @@ fn a_file_works_on_every_path_and_has_the_data() {
         file.seek(SeekFrom::Start(2 * MIB)).unwrap();
         let mut there = vec![0; data.len()];
         file.read_exact(&mut there).unwrap();
-        assert!(there == data, "{path}: the file's contents");
+        assert!(there == data, "{way}: the file's contents");
         drop(client);
         let stats = disk.stop(SOON).unwrap().stats.total();
-        assert_eq!((stats.rejected, stats.unregistered), (0, 0), "{path}");
+        assert_eq!((stats.rejected, stats.unregistered), (0, 0), "{way}");
         std::fs::remove_file(&name).unwrap();
     }
     no_devices();
@@ -105,15 +131,15 @@ fn a_file_works_on_every_path_and_has_the_data() {
 
 #[test]
 fn ready_made_targets_work_on_every_path() {
-    for path in paths() {
+    for way in ways() {
         let mem = Mem::new(4 * MIB);
-        let disk = mem.builder().data_path(path).queue_depth(4).start().unwrap();
+        let disk = way.tune(mem.builder()).queue_depth(4).start().unwrap();
         exercise(&Client::open(disk.path()), 4 * MIB);
         disk.stop(SOON).unwrap();
-        let disk = Null::new().builder(4 * MIB).data_path(path).start().unwrap();
+        let disk = way.tune(Null::new().builder(4 * MIB)).start().unwrap();
         let client = Client::open(disk.path());
         client.write(0, &[7; BLOCK]).unwrap();
-        assert_eq!(client.read(0, BLOCK).unwrap(), [0; BLOCK], "{path}");
+        assert_eq!(client.read(0, BLOCK).unwrap(), [0; BLOCK], "{way}");
         drop(client);
         disk.stop(SOON).unwrap();
     }
@@ -121,12 +147,11 @@ fn ready_made_targets_work_on_every_path() {
 
 /// A handler that is a function.
 fn handled(
-    path: DataPath,
+    way: Way,
     handle: impl FnMut(Request, &mut QueueContext<'_>) + Clone + Send + Sync + 'static,
 ) -> Builder {
-    Builder::with_handlers(4 * MIB, Capabilities::WRITE, move |_| handle.clone())
-        .queue_depth(1)
-        .data_path(path)
+    way.tune(Builder::with_handlers(4 * MIB, Capabilities::WRITE, move |_| handle.clone()))
+        .queue_depth(2)
 }
 
 /// What reads of the first 64 KiB are answered with, apart from the kernel's own looks at the disk.
@@ -136,8 +161,8 @@ fn is_probe(request: &Request) -> bool {
 
 #[test]
 fn what_a_handler_leaves_out_of_a_read_is_zero_whatever_was_there_before() {
-    for path in paths() {
-        let disk = handled(path, |mut request: Request, _: &mut QueueContext<'_>| {
+    for way in ways() {
+        let disk = handled(way, |mut request: Request, _: &mut QueueContext<'_>| {
             if !is_probe(&request) {
                 match request.offset() / MIB {
                     1 => request.data_mut().fill(0xee),
@@ -167,10 +192,10 @@ fn what_a_handler_leaves_out_of_a_read_is_zero_whatever_was_there_before() {
             let mut expected = vec![0; 8192];
             expected[512..1024].fill(0x11);
             expected[8192 - 10..].fill(0x22);
-            assert!(client.read(2 * MIB, 8192).unwrap() == expected, "{path}");
+            assert!(client.read(2 * MIB, 8192).unwrap() == expected, "{way}");
             let read = client.read(3 * MIB, 8192).unwrap();
-            assert_eq!((read[0], read[1], read[600]), (0x33, 0x44, 0x55), "{path}");
-            assert!(read[601..].iter().all(|b| *b == 0), "{path}");
+            assert_eq!((read[0], read[1], read[600]), (0x33, 0x44, 0x55), "{way}");
+            assert!(read[601..].iter().all(|b| *b == 0), "{way}");
         }
         drop(client);
         disk.stop(SOON).unwrap();
@@ -179,7 +204,7 @@ fn what_a_handler_leaves_out_of_a_read_is_zero_whatever_was_there_before() {
 
 #[test]
 fn a_request_may_be_finished_by_another_thread_on_every_path() {
-    for path in paths() {
+    for way in ways() {
         let (send, receive) = mpsc::channel::<Request>();
         let store = Arc::new(Mutex::new(vec![0; 4 << 20]));
         let thread = std::thread::spawn(move || {
@@ -196,7 +221,7 @@ fn a_request_may_be_finished_by_another_thread_on_every_path() {
                 request.complete(Ok::<(), Errno>(())).unwrap();
             }
         });
-        let disk = handled(path, move |request, _: &mut QueueContext<'_>| {
+        let disk = handled(way, move |request, _: &mut QueueContext<'_>| {
             send.send(request).unwrap();
         });
         let disk = disk.queue_depth(8).start().unwrap();
@@ -208,10 +233,10 @@ fn a_request_may_be_finished_by_another_thread_on_every_path() {
 
 #[test]
 fn a_kept_buffer_is_its_holders_on_every_path() {
-    for path in paths() {
+    for way in ways() {
         let kept = Arc::new(Mutex::new(Vec::new()));
         let theirs = Arc::clone(&kept);
-        let disk = handled(path, move |mut request: Request, _: &mut QueueContext<'_>| {
+        let disk = handled(way, move |mut request: Request, _: &mut QueueContext<'_>| {
             if is_probe(&request) && request.op() == Op::Read {
                 request.complete(Ok::<(), Errno>(())).unwrap();
                 return;
@@ -228,7 +253,7 @@ fn a_kept_buffer_is_its_holders_on_every_path() {
         let client = Client::open(disk.path());
         for round in 0..4u8 {
             let read = client.read(MIB, BLOCK).unwrap();
-            assert_eq!(read, [0x60 + 2 * round; BLOCK], "{path}");
+            assert_eq!(read, [0x60 + 2 * round; BLOCK], "{way}");
             client.write(0, &[0x77; BLOCK]).unwrap();
         }
         drop(client);
@@ -237,17 +262,17 @@ fn a_kept_buffer_is_its_holders_on_every_path() {
             // SAFETY: the buffer is this holder's alone, and has that many bytes.
             let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr(), buffer.len()) };
             let fill = if i % 2 == 0 { 0x60 + i as u8 } else { 0x77 };
-            assert!(bytes.iter().all(|b| *b == fill), "{path}: buffer {i}");
+            assert!(bytes.iter().all(|b| *b == fill), "{way}: buffer {i}");
         }
     }
 }
 
 #[test]
 fn a_held_request_is_revoked_on_every_path_and_its_late_data_goes_nowhere() {
-    for path in paths() {
+    for way in ways() {
         let held = Arc::new(Mutex::new(Vec::new()));
         let theirs = Arc::clone(&held);
-        let disk = handled(path, move |request: Request, _: &mut QueueContext<'_>| {
+        let disk = handled(way, move |request: Request, _: &mut QueueContext<'_>| {
             if is_probe(&request) && request.op() == Op::Read {
                 request.complete(Ok::<(), Errno>(())).unwrap();
             } else {
@@ -259,12 +284,12 @@ fn a_held_request_is_revoked_on_every_path_and_its_late_data_goes_nowhere() {
         let client = std::thread::spawn(move || Client::open(&device).read_errno(MIB, BLOCK));
         eventually("the request is held", || held.lock().unwrap().len() == 1);
         disk.stop_force(Duration::from_millis(300)).unwrap();
-        assert_eq!(client.join().unwrap(), libc::EIO, "{path}");
+        assert_eq!(client.join().unwrap(), libc::EIO, "{way}");
         let mut request = held.lock().unwrap().pop().unwrap();
         request.put(0, &[1; 512]);
         request.data_mut().fill(2);
         let gone = request.complete(Ok::<(), Errno>(()));
-        assert!(matches!(gone, Err(Gone { tag: 0 | 1, .. })), "{path}");
+        assert!(matches!(gone, Err(Gone { tag: 0 | 1, .. })), "{way}");
         no_devices();
     }
 }
@@ -275,13 +300,13 @@ fn parts_of_a_request_go_to_the_ring_together_on_every_path() {
     let name = format!("/tmp/ublk-parts-{}", std::process::id());
     let contents = pattern(4 << 20, 5);
     std::fs::write(&name, &contents).unwrap();
-    for path in paths() {
+    for way in ways() {
         let file = File::options().read(true).write(true).open(&name).unwrap();
         let file = ublk_core::RingFile::new(file);
         let running = Arc::new(AtomicUsize::new(0));
         let together = Arc::new(AtomicBool::new(false));
         let (count, both) = (Arc::clone(&running), Arc::clone(&together));
-        let disk = handled(path, move |request: Request, context: &mut QueueContext<'_>| {
+        let disk = handled(way, move |request: Request, context: &mut QueueContext<'_>| {
             let (file, ring) = (file.clone(), context.ring().clone());
             let (count, both) = (Arc::clone(&count), Arc::clone(&both));
             context.spawn(async move {
@@ -311,13 +336,13 @@ fn parts_of_a_request_go_to_the_ring_together_on_every_path() {
         let client = Client::open(disk.path());
         for (offset, len) in [(MIB, 8192), (2 * MIB, 262_144), (0, 1024)] {
             let read = client.read(offset, len).unwrap();
-            assert!(read == contents[offset as usize..][..len], "{path}: {len} at {offset}");
+            assert!(read == contents[offset as usize..][..len], "{way}: {len} at {offset}");
             client.write(offset, &read).unwrap();
         }
-        assert!(together.load(Ordering::SeqCst), "{path}: one after the other");
+        assert!(together.load(Ordering::SeqCst), "{way}: one after the other");
         drop(client);
         let stats = disk.stop(SOON).unwrap().stats.total();
-        assert_eq!(stats.unregistered, 0, "{path}");
+        assert_eq!(stats.unregistered, 0, "{way}");
     }
     assert!(std::fs::read(&name).unwrap() == contents);
     std::fs::remove_file(&name).unwrap();
@@ -338,14 +363,13 @@ async fn join(a: impl Future<Output = ()>, b: impl Future<Output = ()>) {
 #[test]
 fn devices_of_every_path_share_a_worker() {
     let workers = Workers::new(1).unwrap();
-    let disks: Vec<_> = paths()
+    let disks: Vec<_> = ways()
         .into_iter()
-        .chain(paths())
-        .map(|path| {
-            let name = format!("/tmp/ublk-share-{}-{path}", std::process::id());
+        .map(|way| {
+            let name = format!("/tmp/ublk-share-{}-{way}", std::process::id());
             File::create(&name).unwrap().set_len(4 * MIB).unwrap();
-            let disk = FileTarget::open(&name).unwrap().builder().data_path(path);
-            let disk = disk.queue_depth(16).workers(&workers).start().unwrap();
+            let disk = FileTarget::open(&name).unwrap().builder();
+            let disk = way.tune(disk).queue_depth(16).workers(&workers).start().unwrap();
             std::fs::remove_file(name).unwrap();
             disk
         })
@@ -407,6 +431,10 @@ fn a_path_that_the_kernel_lacks_is_refused_by_name_before_anything_exists() {
         assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
         assert!(e.to_string().contains("Builder::data_path"), "{e}");
     }
+    let shallow = || Null::new().builder(MIB).queue_depth(1);
+    let e = shallow().require(Features::BATCH_IO).start().unwrap_err();
+    assert!(e.to_string().contains("queue depth of at least 2"), "{e}");
+    shallow().prefer(Features::BATCH_IO).start().unwrap().stop(SOON).unwrap();
     no_devices();
 }
 

@@ -352,8 +352,7 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::BATCH_IO
-            | Features::ZONED
+        Features::ZONED
             | Features::INTEGRITY
             | Features::UNPRIVILEGED_DEV
             | Features::SHMEM_ZC
@@ -406,6 +405,11 @@ impl Builder {
                 self.descriptor_bytes
             ));
         }
+        // The driver's queue of arrived tags is a `kfifo`, which has two places at least.
+        let too_shallow = self.params.build()?.queue_depth() < 2;
+        if too_shallow && self.features.require.contains(Features::BATCH_IO) {
+            return invalid("BATCH_IO needs a queue depth of at least 2".into());
+        }
         let write = caps.contains(Capabilities::WRITE) && !self.read_only;
         let mut params = self
             .params
@@ -427,7 +431,10 @@ impl Builder {
             return invalid("a limit of writes of zeroes is for a backend that takes them".into());
         }
         let params = params.build()?;
-        let features = self.request();
+        let mut features = self.request();
+        if too_shallow {
+            features.prefer = features.prefer - Features::BATCH_IO;
+        }
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;
         add.io_desc_size = self.descriptor_bytes;

@@ -221,6 +221,7 @@ impl Rise<'_> {
                 descriptors,
                 region: Arc::new(region),
                 path: DataPath::of(info.features),
+                batched: info.features.contains(Features::BATCH_IO),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

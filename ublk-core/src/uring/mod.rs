@@ -1,6 +1,8 @@
 //! The only place that builds submission queue entries and reads completions: rings around the `io-uring`
 //! crate, and a typed constructor for every ublk command.
 
+pub(crate) mod batch;
+pub(crate) mod buffer_ring;
 pub(crate) mod control_ring;
 pub(crate) mod sqe;
 pub(crate) mod worker_ring;

@@ -178,6 +178,28 @@ impl WorkerRing {
         let _ = self.ring.submitter().register_files_update(index, &[-1]);
     }
 
+    /// Gives the ring buffers to choose from.
+    ///
+    /// # Safety
+    ///
+    /// `entries` is the page-aligned address of `count` entries and stays valid, with the buffers that they will
+    /// name, until the group is unregistered.
+    pub(crate) unsafe fn register_buffer_ring(
+        &self,
+        entries: u64,
+        count: u16,
+        group: u16,
+    ) -> Result<(), Errno> {
+        // SAFETY: the caller's promise.
+        unsafe { self.ring.submitter().register_buf_ring_with_flags(entries, count, group, 0) }
+            .map_err(Errno::from)
+    }
+
+    /// Takes a group of buffers back. False if the kernel keeps it.
+    pub(crate) fn unregister_buffer_ring(&self, group: u16) -> bool {
+        self.ring.submitter().unregister_buf_ring(group).is_ok()
+    }
+
     /// Makes a table of `count` empty places for buffers, once.
     pub(crate) fn make_buffer_table(&self, count: u32) -> Result<(), Errno> {
         self.ring.submitter().register_buffers_sparse(count).map_err(Errno::from)

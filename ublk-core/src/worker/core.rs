@@ -12,8 +12,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use io_uring::{squeue, types};
+use io_uring::{cqueue, squeue, types};
 
+use super::batch::Batch;
 use super::commands::{Arrived, PerTag};
 use super::mailbox::Mailbox;
 use super::operations::{Keep, Operations};
@@ -42,6 +43,12 @@ pub(crate) enum Token {
     Register { key: u32, tag: u16 },
     /// A request's pages leave the ring's table; they may not have got there.
     Unregister,
+    /// A queue's tags were offered, all at once.
+    Offer { key: u32 },
+    /// A queue's fetch of requests in batches.
+    Fetch { key: u32 },
+    /// A batch of results.
+    Commit { key: u32, index: u16 },
 }
 
 impl Token {
@@ -54,6 +61,9 @@ impl Token {
             Token::Idle => 5 << 56,
             Token::Register { key, tag } => 6 << 56 | u64::from(key) << 16 | u64::from(tag),
             Token::Unregister => 7 << 56,
+            Token::Offer { key } => 8 << 56 | u64::from(key) << 16,
+            Token::Fetch { key } => 9 << 56 | u64::from(key) << 16,
+            Token::Commit { key, index } => 10 << 56 | u64::from(key) << 16 | u64::from(index),
         }
     }
 
@@ -66,6 +76,9 @@ impl Token {
             5 => Token::Idle,
             6 => Token::Register { key: (word >> 16) as u32, tag: word as u16 },
             7 => Token::Unregister,
+            8 => Token::Offer { key: (word >> 16) as u32 },
+            9 => Token::Fetch { key: (word >> 16) as u32 },
+            10 => Token::Commit { key: (word >> 16) as u32, index: word as u16 },
             _ => return None,
         })
     }
@@ -114,6 +127,8 @@ pub(crate) struct Core {
     settled: Vec<Arc<Slot>>,
     /// Sum of the queues' depths.
     admitted: u32,
+    /// Queues whose requests come and go in batches.
+    batched: u32,
     files: Vec<bool>,
     /// Which places of the table of buffers are taken; empty while there is no table.
     buffers: Vec<bool>,
@@ -137,6 +152,7 @@ impl Core {
             parked: Vec::new(),
             settled: Vec::new(),
             admitted: 0,
+            batched: 0,
             files: vec![false; size.files as usize],
             buffers: Vec::new(),
             shared: size.shared,
@@ -222,18 +238,23 @@ impl Core {
         };
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let commands = PerTag::new(queue, target, start.encoding, start.path);
-        let queue = Queue::new(key, commands, first_index, start, &self.mailbox);
-        for slot in queue.slots() {
-            let entry = commands
-                .fetch(slot)
-                .user_data(Token::Command { key, tag: slot.place().tag }.encode());
-            // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
+        let batch = match start.batched {
+            true => Some(Batch::new(&self.ring, key, queue, depth, target, start.path).map_err(
+                |errno| fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno)),
+            )?),
+            false => None,
+        };
+        let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);
+        for entry in queue.offer() {
+            // SAFETY: the addresses are the slots' buffers, which the queue keeps until every tag is home, or
+            // those of a batch's elements, which it keeps until they are offered.
             unsafe { self.push(entry) };
         }
         if let Some(file) = commands.file() {
             self.files[file as usize] = true;
         }
         self.take_places(&queue, true);
+        self.batched += u32::from(queue.batch().is_some());
         self.admitted += u32::from(depth);
         self.queues[key as usize] = Some(queue);
         // The fetches have to reach the kernel before START can end; their completions are not waited for.
@@ -322,7 +343,11 @@ impl Core {
 
     /// Lets go of a queue whose tags have come home: of its mapping, its registration and its device's file.
     pub(crate) fn detach(&mut self, key: u32) -> Option<Queue> {
-        let queue = self.queues.get_mut(key as usize)?.take()?;
+        let mut queue = self.queues.get_mut(key as usize)?.take()?;
+        if let Some(batch) = queue.take_batch() {
+            batch.free(&self.ring);
+            self.batched -= 1;
+        }
         if let Some(file) = queue.commands().file() {
             self.ring.unregister_file(file);
             self.files[file as usize] = false;
@@ -351,6 +376,21 @@ impl Core {
             // Keeps the allocation.
             self.settled = settled;
         }
+        self.flush();
+    }
+
+    /// Commits what was collected for batches.
+    fn flush(&mut self) {
+        if self.batched == 0 {
+            return;
+        }
+        for at in 0..self.queues.len() {
+            let batch = self.queues[at].as_mut().and_then(Queue::batch);
+            if let Some(entry) = batch.and_then(Batch::flush) {
+                // SAFETY: the address is of the elements, which the batch keeps until they are committed.
+                unsafe { self.push(entry) };
+            }
+        }
     }
 
     fn settle_one(&mut self, slot: Arc<Slot>, now: Stamp) {
@@ -365,8 +405,7 @@ impl Core {
         let place = slot.place();
         let Some(queue) = self.queue(place.key) else { return };
         if let Some(Ending { release, commit }) = queue.settle(slot, now) {
-            let token = Token::Command { key: place.key, tag: place.tag }.encode();
-            for entry in release.into_iter().chain([commit.user_data(token)]) {
+            for entry in release.into_iter().chain(commit) {
                 // SAFETY: the address is the slot's buffer, which the queue keeps until every tag is home.
                 unsafe { self.push(entry) };
             }
@@ -386,6 +425,7 @@ impl Core {
         for index in pending {
             self.cancel(Token::Operation(index));
         }
+        self.flush();
     }
 
     /// Hands the entries to the kernel and waits for `want` completions.
@@ -444,18 +484,15 @@ impl Core {
         let mut idle = false;
         let Core { ring, queues, operations, settled, bell_armed, idle_armed, .. } = self;
         let mut again = Vec::new();
-        ring.reap(|word, result, _flags| match Token::decode(word) {
+        let mut tags = Vec::new();
+        ring.reap(|word, result, flags| match Token::decode(word) {
             Some(Token::Command { key, tag }) => {
                 let Some(Some(queue)) = queues.get_mut(key as usize) else {
                     tracing::error!(key, tag, "a completion for a queue that is gone");
                     return;
                 };
                 match PerTag::interpret(result) {
-                    Arrived::NeedsBuffer => again.extend(
-                        queue
-                            .needs_buffer(tag)
-                            .map(|entry| entry.user_data(Token::Command { key, tag }.encode())),
-                    ),
+                    Arrived::NeedsBuffer => again.extend(queue.needs_buffer(tag)),
                     Arrived::Request => {
                         let now = *now.get_or_insert_with(Stamp::now);
                         match queue.arrived(tag, now) {
@@ -468,11 +505,45 @@ impl Core {
                             harvest.ended.push(key);
                         }
                     }
-                    Arrived::Rejected(errno) => again.extend(
-                        queue
-                            .rejected(tag, errno)
-                            .map(|entry| entry.user_data(Token::Command { key, tag }.encode())),
-                    ),
+                    Arrived::Rejected(errno) => again.extend(queue.rejected(tag, errno)),
+                }
+            }
+            Some(Token::Fetch { key }) => {
+                let Some(Some(queue)) = queues.get_mut(key as usize) else { return };
+                let Some(batch) = queue.batch() else { return };
+                let (array, more) = (cqueue::buffer_select(flags), cqueue::more(flags));
+                let fetched = batch.fetched(result, array, more, &mut tags);
+                again.extend(fetched.again);
+                for tag in tags.drain(..) {
+                    let now = *now.get_or_insert_with(Stamp::now);
+                    match queue.arrived(tag, now) {
+                        Ok(request) => harvest.requests.push((key, request)),
+                        Err(slot) => settled.extend(slot),
+                    }
+                }
+                if let Some(errno) = fetched.failure {
+                    queue.fetch_failed(errno);
+                }
+                harvest.ended.extend(queue.batch_has_come_home().then_some(key));
+            }
+            Some(Token::Commit { key, index }) => {
+                let Some(Some(queue)) = queues.get_mut(key as usize) else { return };
+                let Some(batch) = queue.batch() else { return };
+                let committed = batch.committed(index, result);
+                again.extend(committed.again);
+                if let Some((tag, errno)) = committed.rejected {
+                    // What it is tried again with is collected.
+                    again.extend(queue.rejected(tag, errno));
+                }
+                harvest.ended.extend(queue.batch_has_come_home().then_some(key));
+            }
+            Some(Token::Offer { key }) => {
+                let Some(Some(queue)) = queues.get_mut(key as usize) else { return };
+                if let Some(batch) = queue.batch() {
+                    batch.offered();
+                }
+                if let Some(errno) = Errno::from_result(result).filter(|e| *e != Errno::ENODEV) {
+                    queue.offer_rejected(errno);
                 }
             }
             Some(Token::Bell) => *bell_armed = false,
@@ -498,9 +569,11 @@ impl Core {
             None => tracing::error!(word, result, "a completion that nobody asked for"),
         });
         for entry in again {
-            // SAFETY: the address is the buffer of the slot that the queue keeps for the tag.
+            // SAFETY: the address is the buffer of the slot that the queue keeps for the tag, or of the elements
+            // that its batch keeps.
             unsafe { self.push(entry) };
         }
+        self.flush();
         if idle || !harvest.requests.is_empty() {
             self.look_after_memory(idle);
         }
@@ -645,6 +718,9 @@ mod tests {
             Token::Idle,
             Token::Register { key: 513, tag: 4095 },
             Token::Unregister,
+            Token::Offer { key: 513 },
+            Token::Fetch { key: 513 },
+            Token::Commit { key: 513, index: 4095 },
         ] {
             assert_eq!(Token::decode(token.encode()), Some(token));
         }

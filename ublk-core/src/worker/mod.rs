@@ -6,9 +6,10 @@
 //! [`core`], behind a lock that is not held while user code runs; what a request shares with its worker is
 //! a [`slot`].
 //!
-//! Two seams are for the strategies of moving requests and data: [`commands`] says how requests come in and
-//! results go out, and [`path`] how their data gets here and back.
+//! Two seams are for the strategies of moving requests and data: [`commands`] and [`batch`] say how requests come
+//! in and results go out, and [`path`] how their data gets here and back.
 
+pub(crate) mod batch;
 pub(crate) mod commands;
 pub(crate) mod core;
 pub(crate) mod executor;

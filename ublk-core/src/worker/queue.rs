@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use io_uring::squeue::Entry;
 
+use super::batch::Batch;
 use super::commands::PerTag;
 use super::core::Token;
 use super::mailbox::Mailbox;
@@ -23,7 +24,8 @@ use crate::uring::sqe::Encoding;
 pub(crate) struct Ending {
     /// Takes its pages out of the ring's table.
     pub(crate) release: Option<Entry>,
-    pub(crate) commit: Entry,
+    /// Unless it is collected for a batch.
+    pub(crate) commit: Option<Entry>,
 }
 
 /// What a queue tells its device.
@@ -50,6 +52,8 @@ pub(crate) struct Start {
     /// The tags' buffers and one more, see [`Queue::region_for`].
     pub(crate) region: Arc<Region>,
     pub(crate) path: DataPath,
+    /// Requests come and go in batches.
+    pub(crate) batched: bool,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -58,6 +62,8 @@ pub(crate) struct Queue {
     start: Start,
     key: u32,
     commands: PerTag,
+    /// Where requests come and go in batches.
+    batch: Option<Batch>,
     /// Unless the driver copies.
     portal: Option<Arc<Portal>>,
     /// The place of tag 0's pages in the ring's table of buffers; the other tags' follow.
@@ -93,6 +99,7 @@ impl Queue {
     pub(crate) fn new(
         key: u32,
         commands: PerTag,
+        batch: Option<Batch>,
         first_index: u16,
         start: Start,
         mailbox: &Arc<Mailbox>,
@@ -104,6 +111,7 @@ impl Queue {
         let mut queue = Queue {
             key,
             commands,
+            batch,
             portal,
             first_index,
             slots: Vec::new(),
@@ -138,8 +146,39 @@ impl Queue {
         self.slot(tag, Buffer::new(Arc::clone(&self.start.region), at, self.start.buffer))
     }
 
-    pub(crate) fn slots(&self) -> &[Arc<Slot>] {
-        &self.slots
+    /// The commands that offer the tags to the kernel for the first time.
+    pub(crate) fn offer(&mut self) -> Vec<Entry> {
+        let (key, commands) = (self.key, self.commands);
+        match &mut self.batch {
+            Some(batch) => batch.start(self.slots.iter().map(|slot| &**slot)).into(),
+            None => {
+                let entry = |slot: &Arc<Slot>| {
+                    let token = Token::Command { key, tag: slot.place().tag };
+                    commands.fetch(slot).user_data(token.encode())
+                };
+                self.slots.iter().map(entry).collect()
+            }
+        }
+    }
+
+    /// The command that commits a result for the tag, unless that is collected.
+    fn commit(&mut self, tag: u16, result: i32) -> Option<Entry> {
+        let slot = self.slots.get(usize::from(tag))?;
+        if let Some(batch) = &mut self.batch {
+            batch.commit(slot, result);
+            return None;
+        }
+        let token = Token::Command { key: self.key, tag }.encode();
+        Some(self.commands.commit(slot, result).user_data(token))
+    }
+
+    /// Where requests come and go in batches.
+    pub(crate) fn batch(&mut self) -> Option<&mut Batch> {
+        self.batch.as_mut()
+    }
+
+    pub(crate) fn take_batch(&mut self) -> Option<Batch> {
+        self.batch.take()
     }
 
     pub(crate) fn commands(&self) -> PerTag {
@@ -235,7 +274,8 @@ impl Queue {
 
     /// A write has come whose data is to be put somewhere.
     pub(crate) fn needs_buffer(&self, tag: u16) -> Option<Entry> {
-        Some(self.commands.need_get_data(self.slots.get(usize::from(tag))?))
+        let token = Token::Command { key: self.key, tag }.encode();
+        Some(self.commands.need_get_data(self.slots.get(usize::from(tag))?).user_data(token))
     }
 
     /// The ring would not take a request's pages.
@@ -294,10 +334,7 @@ impl Queue {
         } else {
             slot.recycle();
         }
-        Some(Ending {
-            release,
-            commit: self.commands.commit(&self.slots[usize::from(tag)], result),
-        })
+        Some(Ending { release, commit: self.commit(tag, result) })
     }
 
     /// A slot with fresh memory for the tag of `old`, whose buffer somebody keeps. The data of a read moves
@@ -342,12 +379,8 @@ impl Queue {
             self.start.meter.ended(tag, op, None, now);
             let fresh = self.sink(tag);
             entries.extend(self.release_pages(&self.slots[usize::from(tag)]));
-            entries.push(
-                self.commands
-                    .commit(&fresh, -libc::EIO)
-                    .user_data(Token::Command { key: self.key, tag }.encode()),
-            );
             self.slots[usize::from(tag)] = fresh;
+            entries.extend(self.commit(tag, -libc::EIO));
         }
         entries
     }
@@ -379,8 +412,7 @@ impl Queue {
             );
             return None;
         }
-        let slot = self.slots.get(usize::from(tag))?;
-        Some(self.commands.commit(slot, -libc::EIO))
+        self.commit(tag, -libc::EIO)
     }
 
     fn fail(&mut self, error: Error) {
@@ -388,6 +420,29 @@ impl Queue {
             let error = error.on_device(self.start.device).on_queue(self.start.queue);
             self.start.events.failed(self.start.queue, error);
         }
+    }
+
+    /// The kernel did not take the offer of all tags.
+    pub(crate) fn offer_rejected(&mut self, errno: Errno) {
+        self.fail(
+            Error::new(ErrorKind::Io, "offer the tags to the kernel")
+                .with_errno(errno)
+                .because("the kernel rejected the command"),
+        );
+    }
+
+    /// The fetch of batches ended for no good reason.
+    pub(crate) fn fetch_failed(&mut self, errno: Errno) {
+        self.fail(
+            Error::new(ErrorKind::Io, "fetch requests")
+                .with_errno(errno)
+                .because("the kernel ended the command"),
+        );
+    }
+
+    /// Whether the last tag of a queue that works in batches has come home by now. True once.
+    pub(crate) fn batch_has_come_home(&mut self) -> bool {
+        self.batch.as_mut().is_some_and(Batch::has_come_home)
     }
 
     /// A tag's command came back for good. Whether it was the last.
@@ -431,7 +486,10 @@ impl Queue {
 
     /// The ring goes away under the commands: their memory is left alone for good, because nobody will tell
     /// when the kernel is done with it. The device's file and mapping are given up.
-    pub(crate) fn leave_to_the_kernel(self) {
+    pub(crate) fn leave_to_the_kernel(mut self) {
+        if let Some(batch) = self.batch.take() {
+            std::mem::forget(batch);
+        }
         for slot in &self.slots {
             std::mem::forget(Arc::clone(slot.buffer().region()));
         }
