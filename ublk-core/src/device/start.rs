@@ -222,6 +222,7 @@ impl Rise<'_> {
                 region: Arc::new(region),
                 path: DataPath::of(info.features),
                 batched: info.features.contains(Features::BATCH_IO),
+                zoned: info.features.contains(Features::ZONED),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

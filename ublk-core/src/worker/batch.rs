@@ -61,9 +61,12 @@ impl Batch {
         depth: u16,
         target: Target,
         path: DataPath,
+        zoned: bool,
     ) -> Result<Self, Errno> {
         let layout = match path {
+            DataPath::AutoBufReg if zoned => Layout::AutoRegisterZoned,
             DataPath::AutoBufReg => Layout::AutoRegister,
+            _ if zoned => Layout::Zoned,
             path if path.is_copied_by_driver() => Layout::Address,
             _ => Layout::Plain,
         };
@@ -87,7 +90,7 @@ impl Batch {
     pub(crate) fn start<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> [Entry; 2] {
         let layout = self.commands.layout();
         for slot in slots {
-            layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot));
+            layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot), 0);
         }
         let token = Token::Offer { key: self.key }.encode();
         [self.commands.prepare(&self.offer).user_data(token), self.fetch()]
@@ -100,7 +103,7 @@ impl Batch {
 
     fn buffer(layout: Layout, slot: &Slot) -> u64 {
         match (layout, slot.reach()) {
-            (Layout::AutoRegister, Some(reach)) => reach.index().into(),
+            (layout, Some(reach)) if layout.registers() => reach.index().into(),
             (Layout::Address, _) => slot.buffer().start().as_ptr() as u64,
             _ => 0,
         }
@@ -145,7 +148,8 @@ impl Batch {
     /// Puts a result to those of this turn.
     pub(crate) fn commit(&mut self, slot: &Slot, result: i32) {
         let layout = self.commands.layout();
-        layout.put(&mut self.pending, slot.place().tag, result, Self::buffer(layout, slot));
+        let (tag, buffer) = (slot.place().tag, Self::buffer(layout, slot));
+        layout.put(&mut self.pending, tag, result, buffer, slot.append_sector());
     }
 
     /// Commits this turn's results.

@@ -54,6 +54,8 @@ pub(crate) struct Start {
     pub(crate) path: DataPath,
     /// Requests come and go in batches.
     pub(crate) batched: bool,
+    /// Appends say where they went.
+    pub(crate) zoned: bool,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -249,7 +251,7 @@ impl Queue {
             return end(Errno::EOPNOTSUPP);
         };
         let bytes = u64::from(desc.nr_sectors) << 9;
-        if matches!(op, Op::Read | Op::Write) && bytes > u64::from(slot.buffer().len()) {
+        if op.has_data() && bytes > u64::from(slot.buffer().len()) {
             // The limits that the device was made with rule this out.
             tracing::error!(device = self.start.device, tag, bytes, "a request beyond its buffer");
             return end(Errno::EIO);
