@@ -193,8 +193,11 @@ fn writes_elsewhere_than_at_the_write_pointer_fail() {
     let client = Client::open(disk.path());
     let block = [7; BLOCK as usize];
     assert_eq!(client.write_errno(ZONE + BLOCK, &block), libc::EIO);
+    // After a write that failed, the kernel wants to see the zone's write pointer.
+    report(&client, ZONE);
     client.write(ZONE, &block).unwrap();
     assert_eq!(client.write_errno(ZONE, &block), libc::EIO);
+    report(&client, ZONE);
     client.write(ZONE + BLOCK, &block).unwrap();
     assert_eq!(mem.zones()[1].write_pointer, ZONE + 2 * BLOCK);
     drop(client);
@@ -216,6 +219,7 @@ fn limits_reach_the_client_by_their_own_errors() {
     assert_eq!(act(&client, BLKFINISHZONE, 0, 1), 0);
     assert_eq!(act(&client, BLKOPENZONE, 1, 2), 0);
     assert_eq!(act(&client, BLKOPENZONE, 3, 1), libc::ETOOMANYREFS, "a third open zone");
+    report(&client, 3 * ZONE);
     assert_eq!(act(&client, BLKCLOSEZONE, 1, 1), 0);
     client.write(3 * ZONE, &block).unwrap();
     drop(client);
