@@ -66,7 +66,7 @@ fn report(client: &Client, offset: u64) -> Vec<Reported> {
 
 /// Does something with `count` zones; the errno, 0 for success.
 fn act(client: &Client, action: u64, first: u64, count: u64) -> i32 {
-    let range = Range { sector: first * ZONE >> 9, sectors: count * ZONE >> 9 };
+    let range = Range { sector: (first * ZONE) >> 9, sectors: (count * ZONE) >> 9 };
     // SAFETY: the ioctls read a range.
     match unsafe { libc::ioctl(client.0.as_raw_fd(), action as _, &raw const range) } {
         0 => 0,
@@ -129,7 +129,7 @@ fn clients_see_the_zones_that_the_backend_has() {
     assert_eq!((all[0].kind, all[0].state, all[0].capacity), (1, 0, 8192));
     assert_eq!((all[2].kind, all[2].state, all[2].capacity), (2, 2, 6144));
     assert_eq!(all[2].wp, (2 * ZONE + 3 * BLOCK) >> 9);
-    assert_eq!((all[3].state, all[3].wp), (1, 3 * ZONE >> 9));
+    assert_eq!((all[3].state, all[3].wp), (1, (3 * ZONE) >> 9));
     assert_eq!(report(&client, 13 * ZONE), all[13..], "from the middle");
     drop(client);
     let stats = disk.stop(SOON).unwrap().stats.total();

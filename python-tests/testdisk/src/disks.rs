@@ -6,7 +6,7 @@ use std::sync::Mutex;
 
 use serde_json::{Value, json};
 use ublk_core::control::Control;
-use ublk_core::targets::{File, FileOptions, Mem, Null, SyncPolicy};
+use ublk_core::targets::{File, FileOptions, Mem, Null, SyncPolicy, ZonedMem, ZonedOptions};
 use ublk_core::{Builder, Device, Running, Workers};
 
 use crate::faulty::Faulty;
@@ -97,6 +97,10 @@ impl Disks {
                 let path = options.text("path").unwrap_or_default();
                 only(file.open(path).map_err(|e| report::error(&e))?.builder())
             }
+            ("zoned", "own") => {
+                let (zones, zone) = zones(options).map_err(report::wrong)?;
+                only(zones.create(size, zone).map_err(|e| report::error(&e))?.builder())
+            }
             ("test", via) => {
                 let mem = self.mem(options).map_err(report::wrong)?;
                 let able = options.capabilities().map_err(report::wrong)?;
@@ -124,6 +128,23 @@ impl Disks {
             }
         })
     }
+}
+
+fn zones(options: &Options) -> Result<(ZonedOptions, u64), String> {
+    let mut zones = ZonedMem::options();
+    if let Some(count) = options.number("conventional")? {
+        zones = zones.conventional(count);
+    }
+    if let Some(bytes) = options.number("zone_capacity")? {
+        zones = zones.zone_capacity(bytes);
+    }
+    if let Some(count) = options.number("max_open")? {
+        zones = zones.max_open(count);
+    }
+    if let Some(count) = options.number("max_active")? {
+        zones = zones.max_active(count);
+    }
+    Ok((zones, options.number("zone")?.unwrap_or(4 << 20)))
 }
 
 fn file(options: &Options) -> Result<FileOptions, String> {

@@ -10,7 +10,8 @@ use ublk_core::{Builder, Capabilities};
 /// A disk's keys and values:
 ///
 /// * `target=` `null`, `mem`, `file` (with `path=`, `direct=1`, `every_write=1`) or `test`
-///   ([`Faulty`](crate::faulty::Faulty), with `caps=WRITE,FLUSH`)
+///   ([`Faulty`](crate::faulty::Faulty), with `caps=WRITE,FLUSH`), or `zoned` (with `zone=` bytes, `conventional=`,
+///   `zone_capacity=`, `max_open=`, `max_active=`)
 /// * `via=` `own` (the target's own builder), `backend`, `async` or `handler`: the library's trait
 /// * `count=`: how many such disks; `workers=`: of a pool that the disks of the process share
 /// * `contents=NAME`: disks of one name share what they hold, also one after the other
@@ -49,6 +50,11 @@ const KEYS: &[&str] = &[
     "populate",
     "data",
     "descriptor",
+    "zone",
+    "conventional",
+    "zone_capacity",
+    "max_open",
+    "max_active",
 ];
 
 impl Options {
