@@ -52,7 +52,11 @@ impl Capabilities {
     /// Has zones: a disk of [`Builder::zoned`](crate::Builder::zoned).
     pub const ZONED: Capabilities = Capabilities(1 << 6);
 
-    const NAMES: [(Capabilities, &'static str); 7] = [
+    /// Keeps integrity metadata beside the data: a disk of [`Builder::integrity`](crate::Builder::integrity). For an
+    /// [`AsyncBackend`] or [`QueueHandler`], which see the [`Request`].
+    pub const INTEGRITY: Capabilities = Capabilities(1 << 7);
+
+    const NAMES: [(Capabilities, &'static str); 8] = [
         (Capabilities::WRITE, "WRITE"),
         (Capabilities::FLUSH, "FLUSH"),
         (Capabilities::FUA, "FUA"),
@@ -60,6 +64,7 @@ impl Capabilities {
         (Capabilities::WRITE_ZEROES, "WRITE_ZEROES"),
         (Capabilities::FIXED_BUFFERS, "FIXED_BUFFERS"),
         (Capabilities::ZONED, "ZONED"),
+        (Capabilities::INTEGRITY, "INTEGRITY"),
     ];
 
     /// Whether all of `other` are among these.

@@ -118,6 +118,11 @@ impl RequestFlags {
         self.0 & uapi::UBLK_IO_F_SWAP != 0
     }
 
+    /// There is [metadata](Request::metadata_len) beside the data.
+    pub fn integrity(self) -> bool {
+        self.0 & uapi::UBLK_IO_F_INTEGRITY != 0
+    }
+
     /// The word as the kernel gave it (`UBLK_IO_F_*`).
     pub fn raw(self) -> u32 {
         self.0
@@ -131,6 +136,7 @@ impl fmt::Debug for RequestFlags {
             (self.no_unmap(), "NOUNMAP"),
             (self.meta(), "META"),
             (self.swap(), "SWAP"),
+            (self.integrity(), "INTEGRITY"),
         ];
         let names: Vec<_> =
             names.into_iter().filter_map(|(set, name)| set.then_some(name)).collect();
@@ -222,6 +228,8 @@ pub struct Request {
     broken: Cell<Option<Errno>>,
     /// What the operation wants besides success was said.
     told: bool,
+    /// The metadata of a read was put.
+    marked: bool,
 }
 
 /// What is written to where a read's holder left a gap, if its data does not go by the buffer.
@@ -241,6 +249,7 @@ impl Request {
             buffered: Cell::new(slot.reach().is_none()),
             broken: Cell::new(None),
             told: false,
+            marked: false,
             zones: if op == Op::ReportZones { desc.nr_sectors } else { 0 },
             slot: Some(slot),
         };
@@ -423,6 +432,47 @@ impl Request {
         for at in range.clone().step_by(ZEROES.len()) {
             self.push(at as usize, &ZEROES[..((range.end - at) as usize).min(ZEROES.len())]);
         }
+    }
+
+    /// Bytes of integrity metadata that come with the data; 0 without [`RequestFlags::integrity`].
+    pub fn metadata_len(&self) -> usize {
+        let integrity = self.slot().reach().and_then(|reach| reach.portal().integrity());
+        match integrity {
+            Some(integrity) if self.flags.integrity() && self.op.has_data() => {
+                // Of a request's bytes, at most 2^25, 255 for each 512.
+                integrity.metadata_bytes(self.len) as usize
+            }
+            _ => 0,
+        }
+    }
+
+    /// Copies a write's integrity metadata, all of it.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if `buf` has not [`metadata_len`](Self::metadata_len) bytes or the request brings none; otherwise the
+    /// device is ending.
+    pub fn metadata(&self, buf: &mut [u8]) -> Result<(), Errno> {
+        if !self.op.brings_data() || buf.is_empty() || buf.len() != self.metadata_len() {
+            return Err(Errno::EINVAL);
+        }
+        self.slot().pull_metadata(buf)
+    }
+
+    /// Gives a read's integrity metadata to the client, all of it. For a read that is completed well without it, there
+    /// are ones in all bits, which the kernel takes for data that is not protected.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if `data` has not [`metadata_len`](Self::metadata_len) bytes or the request wants none; otherwise the
+    /// device is ending.
+    pub fn put_metadata(&mut self, data: &[u8]) -> Result<(), Errno> {
+        if self.op != Op::Read || data.is_empty() || data.len() != self.metadata_len() {
+            return Err(Errno::EINVAL);
+        }
+        self.slot().push_metadata(data)?;
+        self.marked = true;
+        Ok(())
     }
 
     fn fill_range(&self, at: usize, len: usize) -> Range<u32> {
@@ -611,6 +661,12 @@ impl Request {
     fn deliver(&mut self) {
         if !self.is_filled() {
             self.zero_gaps();
+        }
+        let metadata = if self.marked { 0 } else { self.metadata_len() };
+        if metadata > 0
+            && let Err(errno) = self.slot().push_metadata(&vec![0xff; metadata])
+        {
+            self.broken.set(Some(errno));
         }
         if self.buffered.get() && self.slot().reach().is_some() {
             let start = self.slot().buffer().start().as_ptr();

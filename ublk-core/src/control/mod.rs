@@ -27,6 +27,7 @@ mod node;
 mod node_maker;
 pub(crate) mod node_watch;
 mod params;
+mod params_integrity;
 mod params_wire;
 mod pool;
 mod wait;
@@ -44,6 +45,7 @@ pub use params::{
     DEFAULT_MAX_IO_BYTES, DeviceParams, Discard, MAX_IO_BYTES, ParamsBuilder, SECTOR,
     SegmentLimits, Zoned,
 };
+pub use params_integrity::{Checksum, Integrity};
 pub use pool::Outstanding;
 pub use wait::{CancelToken, Wait};
 

@@ -3,6 +3,7 @@
 //! The driver answers every broken rule with EINVAL (`ublk_validate_params`) and the block layer
 //! with a failed start (`blk_validate_limits`). Here each rule has words of its own.
 
+use super::params_integrity::Integrity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::page_size;
 use crate::uapi;
@@ -105,6 +106,7 @@ pub(super) struct Fields {
     pub(super) dma_alignment: Option<u32>,
     pub(super) segments: Option<SegmentLimits>,
     pub(super) zoned: Option<Zoned>,
+    pub(super) integrity: Option<Integrity>,
 }
 
 /// Makes [`DeviceParams`]; what is not said has a default.
@@ -170,6 +172,9 @@ setters! {
     segments: SegmentLimits => fields.segments, Some;
     /// Zones, of a device with [`Features::ZONED`](super::Features::ZONED); default: it has none.
     zoned: Zoned => fields.zoned, Some;
+    /// Metadata beside the data, of a device with [`Features::INTEGRITY`](super::Features::INTEGRITY); default: there
+    /// is none.
+    integrity: Integrity => fields.integrity, Some;
 }
 
 impl ParamsBuilder {
@@ -221,6 +226,7 @@ impl DeviceParams {
                 dma_alignment: None,
                 segments: None,
                 zoned: None,
+                integrity: None,
             },
             physical_block_size: None,
             io_min: None,
@@ -284,12 +290,14 @@ getters! {
     segments: Option<SegmentLimits>;
     /// Zones, of a zoned disk.
     zoned: Option<Zoned>;
+    /// Metadata beside the data, where there is some.
+    integrity: Option<Integrity>;
 }
 
 /// The rule that is broken, with the value that breaks it.
-type Checked = Result<(), String>;
+pub(super) type Checked = Result<(), String>;
 
-fn rule(holds: bool, words: impl FnOnce() -> String) -> Checked {
+pub(super) fn rule(holds: bool, words: impl FnOnce() -> String) -> Checked {
     if holds { Ok(()) } else { Err(words()) }
 }
 
@@ -308,6 +316,7 @@ impl Fields {
         })?;
         self.check_discard()?;
         self.zoned.map_or(Ok(()), |zoned| self.check_zones(zoned))?;
+        self.integrity.map_or(Ok(()), |integrity| integrity.check(self))?;
         if let Some(alignment) = self.dma_alignment {
             // The block layer reads an alignment of 1 as "not said" and takes 512.
             power_of_two("DMA alignment", alignment, 2, page)?;

@@ -2,6 +2,7 @@
 //! was taken.
 
 use super::params::{DeviceParams, Discard, SECTOR, SegmentLimits, Zoned};
+use super::params_integrity::Integrity;
 use crate::error::{Error, ErrorKind, Result};
 use crate::uapi::*;
 
@@ -60,6 +61,10 @@ impl DeviceParams {
                 max_zone_append_sectors: sectors(zoned.max_append_bytes),
                 ..Default::default()
             };
+        }
+        if let Some(integrity) = p.integrity {
+            params.types |= UBLK_PARAM_TYPE_INTEGRITY;
+            params.integrity = integrity.to_uapi();
         }
         if let Some(alignment) = p.dma_alignment {
             params.types |= UBLK_PARAM_TYPE_DMA_ALIGN;
@@ -127,6 +132,9 @@ impl DeviceParams {
                 max_active: params.zoned.max_active_zones,
                 max_append_bytes: u64::from(params.zoned.max_zone_append_sectors) * SECTOR,
             });
+        }
+        if has(UBLK_PARAM_TYPE_INTEGRITY) {
+            builder = builder.integrity(Integrity::from_uapi(&params.integrity));
         }
         if has(UBLK_PARAM_TYPE_DMA_ALIGN) {
             builder = builder.dma_alignment(params.dma.alignment.saturating_add(1));

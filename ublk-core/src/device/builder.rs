@@ -7,7 +7,7 @@ use super::running::Running;
 use super::start::Added;
 use crate::backend::{AsyncBackend, Backend, Capabilities, QueueHandler};
 use crate::control::{
-    AddDevice, Control, DeviceParams, Discard, FeatureRequest, Features, ParamsBuilder,
+    AddDevice, Control, DeviceParams, Discard, FeatureRequest, Features, Integrity, ParamsBuilder,
     SegmentLimits, Zoned,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -112,6 +112,7 @@ pub struct Builder {
     pub(super) read_only: bool,
     discard: Option<Discard>,
     pub(super) zoned: Option<Zoned>,
+    pub(super) integrity: Option<Integrity>,
     max_write_zeroes: Option<u64>,
     pub(super) features: FeatureRequest,
     id: Option<u32>,
@@ -226,6 +227,7 @@ impl Builder {
             read_only: false,
             discard: None,
             zoned: None,
+            integrity: None,
             max_write_zeroes: None,
             features: FeatureRequest::default(),
             id: None,
@@ -277,6 +279,13 @@ impl Builder {
     /// [`DataPath::UserCopy`] then, unless another one is chosen; `Copy` and `NeedGetData` cannot be.
     pub fn zoned(mut self, zoned: Zoned) -> Self {
         self.zoned = Some(zoned);
+        self
+    }
+
+    /// The metadata that is kept beside the data, of a backend with [`Capabilities::INTEGRITY`], which needs it. The
+    /// data path is [`DataPath::UserCopy`] then, unless another one is chosen; `Copy` and `NeedGetData` cannot be.
+    pub fn integrity(mut self, integrity: Integrity) -> Self {
+        self.integrity = Some(integrity);
         self
     }
 
@@ -361,7 +370,7 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::INTEGRITY | Features::UNPRIVILEGED_DEV | Features::SHMEM_ZC | Features::QUIESCE
+        Features::UNPRIVILEGED_DEV | Features::SHMEM_ZC | Features::QUIESCE
     }
 
     /// The features that are asked for on any driver.
@@ -371,6 +380,10 @@ impl Builder {
         if self.zoned.is_some() {
             // An append's answer travels where the address of a tag's buffer would.
             features.require |= Features::ZONED | Features::USER_COPY;
+        }
+        if self.integrity.is_some() {
+            // Metadata moves by the device's file alone.
+            features.require |= Features::INTEGRITY | Features::USER_COPY;
         }
         if self.descriptor_bytes != DESCRIPTOR {
             features.require |= Features::IO_DESC_SIZE;
@@ -418,13 +431,34 @@ impl Builder {
             (Some(_), true) if self.read_only || !caps.contains(Capabilities::WRITE) => {
                 return invalid("a zoned disk is for a backend that writes, not read-only".into());
             }
-            (Some(_), true) if matches!(self.data_path, DataPath::Copy | DataPath::NeedGetData) => {
-                return invalid(format!(
-                    "a zoned disk's data cannot move by {}: use user-copy, zero-copy or auto-buf-reg",
-                    self.data_path
-                ));
+            _ => {}
+        }
+        if (self.features.require | self.features.prefer).contains(Features::INTEGRITY) {
+            return invalid("INTEGRITY is asked for by Builder::integrity".into());
+        }
+        match (self.integrity, caps.contains(Capabilities::INTEGRITY)) {
+            (Some(_), false) => {
+                return invalid("metadata is for a backend with the capability INTEGRITY".into());
+            }
+            (None, true) => {
+                return invalid(
+                    "a backend with INTEGRITY needs to know its metadata: Builder::integrity"
+                        .into(),
+                );
+            }
+            (Some(_), true) if self.service.blocks() => {
+                return invalid(
+                    "metadata is for an AsyncBackend or QueueHandler, which see the request".into(),
+                );
             }
             _ => {}
+        }
+        let apart = self.zoned.is_some() || self.integrity.is_some();
+        if apart && matches!(self.data_path, DataPath::Copy | DataPath::NeedGetData) {
+            return invalid(format!(
+                "the data of a disk with zones or metadata cannot move by {}: use user-copy, zero-copy or auto-buf-reg",
+                self.data_path
+            ));
         }
         let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
         if !by_path.is_empty() {
@@ -451,6 +485,9 @@ impl Builder {
             .fua(write && caps.contains(Capabilities::FUA));
         if let Some(zoned) = self.zoned {
             params = params.zoned(zoned);
+        }
+        if let Some(integrity) = self.integrity {
+            params = params.integrity(integrity);
         }
         // Checked once to know the block size that the defaults below rest on.
         let block = params.build()?.logical_block_size();

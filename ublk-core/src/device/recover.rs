@@ -121,6 +121,13 @@ impl Builder {
         if !params.read_only() && !write {
             return lacks("can be written");
         }
+        if params.integrity() != self.integrity {
+            return other(format!(
+                "the disk's metadata is {:?}, not {:?}",
+                params.integrity(),
+                self.integrity
+            ));
+        }
         if params.zoned() != self.zoned {
             return other(format!(
                 "the disk's zones are {:?}, not {:?}",

@@ -223,6 +223,11 @@ impl Rise<'_> {
                 path: DataPath::of(info.features),
                 batched: info.features.contains(Features::BATCH_IO),
                 zoned: info.features.contains(Features::ZONED),
+                integrity: life
+                    .params
+                    .lock()
+                    .unwrap_or_else(std::sync::PoisonError::into_inner)
+                    .integrity(),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

@@ -10,6 +10,7 @@ use std::sync::{Arc, Weak};
 
 use super::path::DataPath;
 use super::slot::Place;
+use crate::control::Integrity;
 use crate::error::Errno;
 use crate::sys::fork::OwnFd;
 use crate::uapi;
@@ -27,11 +28,24 @@ pub(crate) fn position(place: Place) -> u64 {
 pub(crate) struct Portal {
     file: Weak<OwnFd>,
     path: DataPath,
+    /// What is kept beside the data, if anything.
+    integrity: Option<Integrity>,
 }
 
+/// Added to the byte of a request: its integrity metadata is meant.
+pub(crate) const METADATA: u64 = uapi::UBLKSRV_IO_INTEGRITY_FLAG;
+
 impl Portal {
-    pub(crate) fn new(file: &Arc<OwnFd>, path: DataPath) -> Arc<Self> {
-        Arc::new(Portal { file: Arc::downgrade(file), path })
+    pub(crate) fn new(
+        file: &Arc<OwnFd>,
+        path: DataPath,
+        integrity: Option<Integrity>,
+    ) -> Arc<Self> {
+        Arc::new(Portal { file: Arc::downgrade(file), path, integrity })
+    }
+
+    pub(crate) fn integrity(&self) -> Option<Integrity> {
+        self.integrity
     }
 
     pub(crate) fn path(&self) -> DataPath {

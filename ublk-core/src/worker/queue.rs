@@ -12,6 +12,7 @@ use super::meter::Meter;
 use super::path::DataPath;
 use super::portal::{Portal, Reach};
 use super::slot::{Buffer, Outcome, Place, Slot};
+use crate::control::Integrity;
 use crate::error::{Errno, Error, ErrorKind};
 use crate::request::{Op, Request};
 use crate::sys::clock::Stamp;
@@ -56,6 +57,8 @@ pub(crate) struct Start {
     pub(crate) batched: bool,
     /// Appends say where they went.
     pub(crate) zoned: bool,
+    /// Metadata beside the data.
+    pub(crate) integrity: Option<Integrity>,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -108,7 +111,7 @@ impl Queue {
     ) -> Self {
         let portal = match start.path.is_copied_by_driver() {
             true => None,
-            false => Some(Portal::new(&start.char_device, start.path)),
+            false => Some(Portal::new(&start.char_device, start.path, start.integrity)),
         };
         let mut queue = Queue {
             key,

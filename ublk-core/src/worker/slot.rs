@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use super::handoff::{Link, Linked};
 use super::mailbox::Mailbox;
-use super::portal::{Portal, Reach};
+use super::portal::{METADATA, Portal, Reach};
 use crate::error::Errno;
 use crate::sys::memory::Region;
 
@@ -251,6 +251,18 @@ impl Slot {
     /// Copies data to the read that has the slot, from its byte `at` on.
     pub(crate) fn push(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
         self.moving(|portal| portal.push(self.place, at, data))
+    }
+
+    /// Copies the metadata of the write that has the slot.
+    pub(crate) fn pull_metadata(&self, buf: &mut [u8]) -> Result<(), Errno> {
+        let (to, len) = (buf.as_mut_ptr(), buf.len());
+        // SAFETY: a live slice, borrowed mutably.
+        self.moving(|portal| unsafe { portal.pull(self.place, METADATA, to, len) })
+    }
+
+    /// Copies metadata to the read that has the slot.
+    pub(crate) fn push_metadata(&self, data: &[u8]) -> Result<(), Errno> {
+        self.push(METADATA, data)
     }
 
     /// How the request ended; `None` unless it did.
