@@ -66,12 +66,8 @@ def test_blkzone_does_to_zones_what_it_is_told(guest: Guest) -> None:
 
 
 @pytest.mark.vm(smp=4)
-@pytest.mark.parametrize("batch", [False, True], ids=["commands", "batches"])
-def test_four_writers_on_btrfs_find_what_they_appended(guest: Guest, batch: bool) -> None:
+def test_four_writers_on_btrfs_find_what_they_appended(guest: Guest) -> None:
     options = ["target=zoned", f"zone={ZONE}", f"size={80 * ZONE}", "block=4096", "queues=4", "depth=32"]
-    if batch and guest.kernel.startswith("6.12"):
-        pytest.skip("BATCH_IO came with Linux 7.0")
-    options += ["require=BATCH_IO"] if batch else []
     folder = guest.run(["mktemp", "-d"]).out.strip()
     with testdisk.serving(guest, *options) as disks:
         guest.run(["mkfs.btrfs", "-q", "-K", "-O", "zoned", "-d", "single", "-m", "single", disks.path], timeout=60)

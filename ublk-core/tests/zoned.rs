@@ -13,8 +13,8 @@ use disk::{Client, SOON, no_devices};
 use ublk_core::control::{Control, Features, Zoned};
 use ublk_core::targets::ZonedMem;
 use ublk_core::{
-    Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext, Request,
-    RequestFlags, ZoneState,
+    AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext,
+    Request, RequestFlags, Ring, Zone, ZoneAction, ZoneState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -296,7 +296,7 @@ impl Backend for Liar {
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> io::Result<usize> {
         self.0.write(data, offset, flags)
     }
-    fn report_zones(&self, offset: u64, count: u32) -> io::Result<Vec<ublk_core::Zone>> {
+    fn report_zones(&self, offset: u64, count: u32) -> io::Result<Vec<Zone>> {
         self.0.report_zones(offset, count)
     }
     fn append(&self, data: &[u8], zone: u64, flags: RequestFlags) -> io::Result<u64> {
@@ -328,6 +328,58 @@ fn an_append_went_where_the_backend_says() {
     assert!(backend.1.load(Ordering::Relaxed) > 0);
     drop(mount);
     disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+/// Answers at once, but by futures.
+struct Asynchronous(ZonedMem);
+
+impl AsyncBackend for Asynchronous {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    async fn read(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        let offset = request.offset();
+        self.0.read(request.data_mut(), offset).map(drop)
+    }
+    async fn write(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        self.0.write(request.data(), request.offset(), request.flags()).map(drop)
+    }
+    async fn report_zones(&self, offset: u64, count: u32, _: &Ring) -> io::Result<Vec<Zone>> {
+        self.0.report_zones(offset, count)
+    }
+    async fn append(&self, request: &mut Request, _: &Ring) -> io::Result<u64> {
+        self.0.append(request.data(), request.offset(), request.flags())
+    }
+    async fn zone_action(&self, action: ZoneAction, zone: u64, _: &Ring) -> io::Result<()> {
+        self.0.zone_action(action, zone)
+    }
+}
+
+#[test]
+fn an_asynchronous_backend_has_zones_as_well() {
+    let mem = ZonedMem::options().create(ZONES * ZONE, ZONE).unwrap();
+    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+    let builder = Builder::new_async(ZONES * ZONE, Asynchronous(mem.clone())).zoned(zoned);
+    let disk = builder.logical_block_size(BLOCK as u32).start().unwrap();
+    let client = Client::open(disk.path());
+    client.write(ZONE, &[4; BLOCK as usize]).unwrap();
+    assert_eq!(act(&client, BLKCLOSEZONE, 1, 1), 0);
+    assert_eq!(state(&mem, 1), ZoneState::Closed);
+    assert_eq!(report(&client, ZONE)[0].wp << 9, ZONE + BLOCK);
+    assert_eq!(act(&client, BLKRESETZONE, 1, 1), 0);
+    drop(client);
+    if btrfs::is_known() {
+        btrfs::make(disk.path());
+        let mount = btrfs::Mount::new(disk.path());
+        fs::write(mount.file("file"), [7; 100_000]).unwrap();
+        drop(mount);
+        let mount = btrfs::Mount::new(disk.path());
+        assert!(fs::read(mount.file("file")).unwrap() == [7; 100_000]);
+        drop(mount);
+        assert!(disk.stats().total().zone_append.bytes >= 100_000);
+    }
+    assert_eq!(disk.stop(SOON).unwrap().stats.total().rejected, 0);
     no_devices();
 }
 
