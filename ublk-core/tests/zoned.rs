@@ -103,7 +103,9 @@ fn ways() -> Vec<(DataPath, Features)> {
     ];
     let all = paths.into_iter().filter(|(_, feature)| offered.contains(*feature));
     let all = all.flat_map(|(path, _)| [(path, Features::NONE), (path, Features::BATCH_IO)]);
-    all.filter(|(_, more)| offered.contains(*more)).collect()
+    // The driver does not get this one right, and the builder refuses it.
+    let refused = (DataPath::AutoBufReg, Features::BATCH_IO);
+    all.filter(|way| offered.contains(way.1) && *way != refused).collect()
 }
 
 #[test]
@@ -240,6 +242,14 @@ fn without_btrfs() -> bool {
     without
 }
 
+/// Has the file's data written, and waits for it.
+fn write_out(file: &fs::File) {
+    let all = libc::SYNC_FILE_RANGE_WRITE | libc::SYNC_FILE_RANGE_WAIT_AFTER;
+    // SAFETY: numbers.
+    let done = unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, all) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+}
+
 #[test]
 fn four_writers_append_on_every_path_and_each_finds_its_data() {
     if without_btrfs() {
@@ -259,7 +269,8 @@ fn four_writers_append_on_every_path_and_each_finds_its_data() {
                     let mut file = fs::File::create(at).unwrap();
                     for round in 0..6u8 {
                         file.write_all(&[writer * 6 + round + 1; 100_000]).unwrap();
-                        file.sync_data().unwrap();
+                        // Not fsync: of several at a time on zones, btrfs fails some with EAGAIN.
+                        write_out(&file);
                     }
                 });
             }
@@ -302,6 +313,9 @@ impl Backend for Liar {
     fn append(&self, data: &[u8], zone: u64, flags: RequestFlags) -> io::Result<u64> {
         self.1.fetch_add(1, Ordering::Relaxed);
         Ok(self.0.append(data, zone, flags)? + BLOCK)
+    }
+    fn zone_action(&self, action: ZoneAction, zone: u64) -> io::Result<()> {
+        self.0.zone_action(action, zone)
     }
 }
 

@@ -373,6 +373,12 @@ impl Builder {
         Features::UNPRIVILEGED_DEV | Features::SHMEM_ZC | Features::QUIESCE
     }
 
+    /// Whether a device with these features would tell clients wrong places of their appends: Linux 7.3 takes the
+    /// place out of a batch when the request has been completed already, by the end of its registered pages.
+    pub(super) fn misplaces_appends(&self, features: Features) -> bool {
+        self.zoned.is_some() && features.contains(Features::BATCH_IO | Features::AUTO_BUF_REG)
+    }
+
     /// The features that are asked for on any driver.
     pub(super) fn request(&self) -> FeatureRequest {
         let mut features = self.features;
@@ -460,6 +466,11 @@ impl Builder {
                 self.data_path
             ));
         }
+        if self.misplaces_appends(self.features.require | self.data_path.features()) {
+            return Err(Error::new(ErrorKind::Unsupported, "describe the device")
+                .because("with BATCH_IO and auto-buf-reg the driver tells clients wrong places of appends")
+                .remedy_is("use user-copy or zero-copy, or leave BATCH_IO out"));
+        }
         let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
         if !by_path.is_empty() {
             return invalid(format!("{by_path} is asked for by Builder::data_path"));
@@ -504,7 +515,7 @@ impl Builder {
         }
         let params = params.build()?;
         let mut features = self.request();
-        if too_shallow {
+        if too_shallow || self.misplaces_appends(features.require | Features::BATCH_IO) {
             features.prefer = features.prefer - Features::BATCH_IO;
         }
         let mut add = AddDevice::new(&params).id(self.id).features(features);
@@ -514,7 +525,8 @@ impl Builder {
         let wanted = self.data_path == DataPath::Auto
             && caps.contains(Capabilities::FIXED_BUFFERS)
             && !(features.require | features.prefer).contains(Features::UNPRIVILEGED_DEV)
-            && !features.forbid.intersects(best);
+            && !features.forbid.intersects(best)
+            && !self.misplaces_appends(features.require | features.prefer | best);
         let favourite = if wanted { best } else { Features::NONE };
         Ok(Plan { params, add, favourite })
     }

@@ -296,6 +296,17 @@ mod tests {
     }
 
     #[test]
+    fn batches_do_not_go_with_pages_that_the_driver_registers() {
+        use crate::control::Features;
+        use crate::{DataPath, ErrorKind};
+        let mem = ZonedMem::options().create(8 << 20, 1 << 20).unwrap();
+        let builder = mem.builder().data_path(DataPath::AutoBufReg).require(Features::BATCH_IO);
+        let e = builder.start().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("wrong places of appends"), "{e}");
+    }
+
+    #[test]
     fn sizes_that_do_not_fit_are_refused_by_name() {
         let options = ZonedOptions::default;
         for (made, words) in [

@@ -21,17 +21,13 @@ pub(crate) enum Layout {
     AutoRegister,
     /// As `Plain`, and where a zone append went.
     Zoned,
-    /// As `AutoRegister`, and where a zone append went.
-    AutoRegisterZoned,
 }
 
 impl Layout {
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Layout::Plain | Layout::AutoRegister => size_of::<ublk_elem_header>(),
-            Layout::Address | Layout::Zoned | Layout::AutoRegisterZoned => {
-                size_of::<ublk_elem_header>() + size_of::<u64>()
-            }
+            Layout::Address | Layout::Zoned => size_of::<ublk_elem_header>() + size_of::<u64>(),
         }
     }
 
@@ -41,14 +37,7 @@ impl Layout {
             Layout::Address => uapi::UBLK_BATCH_F_HAS_BUF_ADDR,
             Layout::AutoRegister => uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK,
             Layout::Zoned => uapi::UBLK_BATCH_F_HAS_ZONE_LBA,
-            Layout::AutoRegisterZoned => {
-                uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK | uapi::UBLK_BATCH_F_HAS_ZONE_LBA
-            }
         }
-    }
-
-    pub(crate) const fn registers(self) -> bool {
-        matches!(self, Layout::AutoRegister | Layout::AutoRegisterZoned)
     }
 
     /// Appends an element. `buffer` is an address or a place in the table of buffers, as the layout wants it;
@@ -61,14 +50,12 @@ impl Layout {
         buffer: u64,
         append: u64,
     ) {
-        let index = if self.registers() { buffer as u16 } else { 0 };
+        let index = if self == Layout::AutoRegister { buffer as u16 } else { 0 };
         elements.extend_from_slice(bytes_of(&ublk_elem_header { tag, buf_index: index, result }));
         match self {
             Layout::Plain | Layout::AutoRegister => {}
             Layout::Address => elements.extend_from_slice(&buffer.to_ne_bytes()),
-            Layout::Zoned | Layout::AutoRegisterZoned => {
-                elements.extend_from_slice(&append.to_ne_bytes());
-            }
+            Layout::Zoned => elements.extend_from_slice(&append.to_ne_bytes()),
         }
     }
 
@@ -185,7 +172,6 @@ mod tests {
             (Layout::Address, 16, 2),
             (Layout::AutoRegister, 8, 4),
             (Layout::Zoned, 16, 1),
-            (Layout::AutoRegisterZoned, 16, 5),
         ] {
             let mut elements = Vec::new();
             layout.put(&mut elements, 7, -5, 0xABCD, 0x1234);

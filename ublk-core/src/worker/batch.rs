@@ -64,7 +64,6 @@ impl Batch {
         zoned: bool,
     ) -> Result<Self, Errno> {
         let layout = match path {
-            DataPath::AutoBufReg if zoned => Layout::AutoRegisterZoned,
             DataPath::AutoBufReg => Layout::AutoRegister,
             _ if zoned => Layout::Zoned,
             path if path.is_copied_by_driver() => Layout::Address,
@@ -103,7 +102,7 @@ impl Batch {
 
     fn buffer(layout: Layout, slot: &Slot) -> u64 {
         match (layout, slot.reach()) {
-            (layout, Some(reach)) if layout.registers() => reach.index().into(),
+            (Layout::AutoRegister, Some(reach)) => reach.index().into(),
             (Layout::Address, _) => slot.buffer().start().as_ptr() as u64,
             _ => 0,
         }
