@@ -14,7 +14,7 @@ use ublk_core::control::{Control, Features, Zoned};
 use ublk_core::targets::ZonedMem;
 use ublk_core::{
     AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext,
-    Request, RequestFlags, Ring, Zone, ZoneAction, ZoneState,
+    Request, RequestFlags, Ring, RingFile, Zone, ZoneAction, ZoneState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -345,55 +345,91 @@ fn an_append_went_where_the_backend_says() {
     no_devices();
 }
 
-/// Answers at once, but by futures.
-struct Asynchronous(ZonedMem);
+/// Keeps the data in a file, to which it goes by the ring; the zones' states are another's.
+struct Asynchronous {
+    zones: ZonedMem,
+    data: RingFile,
+}
+
+impl Asynchronous {
+    async fn store(&self, request: &Request, at: u64, ring: &Ring) -> io::Result<()> {
+        let len = request.len() as usize;
+        match ring.write_from_request(&self.data, at, request, 0..len, false).await? {
+            n if n == len => Ok(()),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+}
 
 impl AsyncBackend for Asynchronous {
     fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
+        self.zones.capabilities()
     }
-    async fn read(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
-        let offset = request.offset();
-        self.0.read(request.data_mut(), offset).map(drop)
+    async fn read(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
+        let (at, len) = (request.offset(), request.len() as usize);
+        match ring.read_to_request(&self.data, at, request, 0..len).await? {
+            n if n == len => Ok(()),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
-    async fn write(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
-        self.0.write(request.data(), request.offset(), request.flags()).map(drop)
+    async fn write(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
+        let zeroes = vec![0; request.len() as usize];
+        self.zones.write(&zeroes, request.offset(), request.flags())?;
+        self.store(request, request.offset(), ring).await
     }
     async fn report_zones(&self, offset: u64, count: u32, _: &Ring) -> io::Result<Vec<Zone>> {
-        self.0.report_zones(offset, count)
+        self.zones.report_zones(offset, count)
     }
-    async fn append(&self, request: &mut Request, _: &Ring) -> io::Result<u64> {
-        self.0.append(request.data(), request.offset(), request.flags())
+    async fn append(&self, request: &mut Request, ring: &Ring) -> io::Result<u64> {
+        let zeroes = vec![0; request.len() as usize];
+        let at = self.zones.append(&zeroes, request.offset(), request.flags())?;
+        self.store(request, at, ring).await?;
+        Ok(at)
     }
     async fn zone_action(&self, action: ZoneAction, zone: u64, _: &Ring) -> io::Result<()> {
-        self.0.zone_action(action, zone)
+        self.zones.zone_action(action, zone)
     }
 }
 
 #[test]
-fn an_asynchronous_backend_has_zones_as_well() {
-    let mem = ZonedMem::options().create(ZONES * ZONE, ZONE).unwrap();
-    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
-    let builder = Builder::new_async(ZONES * ZONE, Asynchronous(mem.clone())).zoned(zoned);
-    let disk = builder.logical_block_size(BLOCK as u32).start().unwrap();
-    let client = Client::open(disk.path());
-    client.write(ZONE, &[4; BLOCK as usize]).unwrap();
-    assert_eq!(act(&client, BLKCLOSEZONE, 1, 1), 0);
-    assert_eq!(state(&mem, 1), ZoneState::Closed);
-    assert_eq!(report(&client, ZONE)[0].wp << 9, ZONE + BLOCK);
-    assert_eq!(act(&client, BLKRESETZONE, 1, 1), 0);
-    drop(client);
-    if btrfs::is_known() {
-        btrfs::make(disk.path());
-        let mount = btrfs::Mount::new(disk.path());
-        fs::write(mount.file("file"), [7; 100_000]).unwrap();
-        drop(mount);
-        let mount = btrfs::Mount::new(disk.path());
-        assert!(fs::read(mount.file("file")).unwrap() == [7; 100_000]);
-        drop(mount);
-        assert!(disk.stats().total().zone_append.bytes >= 100_000);
+fn an_asynchronous_backend_appends_by_its_ring_on_every_path() {
+    let name = format!("/tmp/ublk-zoned-{}", std::process::id());
+    for (path, more) in ways() {
+        let options =
+            fs::File::options().read(true).write(true).create(true).truncate(true).clone();
+        let file = options.open(&name).unwrap();
+        file.set_len(ZONES * ZONE).unwrap();
+        let zones = ZonedMem::options().create(ZONES * ZONE, ZONE).unwrap();
+        let zoned =
+            Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+        let backend = Asynchronous { zones: zones.clone(), data: RingFile::new(file) };
+        let builder = Builder::new_async(ZONES * ZONE, backend).zoned(zoned);
+        let builder = builder.logical_block_size(BLOCK as u32).queue_depth(16);
+        let disk = builder.data_path(path).require(more).start().unwrap();
+        let client = Client::open(disk.path());
+        client.write(ZONE, &[4; BLOCK as usize]).unwrap();
+        assert_eq!(act(&client, BLKCLOSEZONE, 1, 1), 0);
+        assert_eq!(state(&zones, 1), ZoneState::Closed);
+        assert_eq!(report(&client, ZONE)[0].wp << 9, ZONE + BLOCK);
+        assert_eq!(client.read(ZONE, BLOCK as usize).unwrap(), [4; BLOCK as usize]);
+        assert_eq!(act(&client, BLKRESETZONE, 1, 1), 0);
+        drop(client);
+        if btrfs::is_known() {
+            btrfs::make(disk.path());
+            let data: Vec<u8> = (0..700_000).map(|i| (i / 4096 + i % 249) as u8).collect();
+            let mount = btrfs::Mount::new(disk.path());
+            fs::write(mount.file("file"), &data).unwrap();
+            drop(mount);
+            let mount = btrfs::Mount::new(disk.path());
+            assert!(fs::read(mount.file("file")).unwrap() == data, "{path} {more}");
+            drop(mount);
+            let append = disk.stats().total().zone_append;
+            assert!(append.bytes >= 700_000 && append.completed >= 10, "{path} {more}");
+        }
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert_eq!((stats.rejected, stats.unregistered, stats.zone_append.errors), (0, 0, 0));
     }
-    assert_eq!(disk.stop(SOON).unwrap().stats.total().rejected, 0);
+    fs::remove_file(&name).unwrap();
     no_devices();
 }
 
