@@ -6,10 +6,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Errno;
-use crate::uapi::{self, bytes::bytes_of};
+use crate::uapi;
 use crate::worker::path::DataPath;
 use crate::worker::slot::{Outcome, Slot};
-use crate::zones::{Zone, ZoneAction};
+use crate::zones::ZoneAction;
 
 /// What the client wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -290,12 +290,6 @@ impl Request {
         self.len
     }
 
-    /// How many zones are to be reported at most, beginning with the one that holds the offset; 0 for all other
-    /// operations.
-    pub fn zones(&self) -> u32 {
-        self.zones
-    }
-
     /// The device's id.
     pub fn device(&self) -> u32 {
         self.slot().place().device
@@ -434,47 +428,6 @@ impl Request {
         }
     }
 
-    /// Bytes of integrity metadata that come with the data; 0 without [`RequestFlags::integrity`].
-    pub fn metadata_len(&self) -> usize {
-        let integrity = self.slot().reach().and_then(|reach| reach.portal().integrity());
-        match integrity {
-            Some(integrity) if self.flags.integrity() && self.op.has_data() => {
-                // Of a request's bytes, at most 2^25, 255 for each 512.
-                integrity.metadata_bytes(self.len) as usize
-            }
-            _ => 0,
-        }
-    }
-
-    /// Copies a write's integrity metadata, all of it.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` if `buf` has not [`metadata_len`](Self::metadata_len) bytes or the request brings none; otherwise the
-    /// device is ending.
-    pub fn metadata(&self, buf: &mut [u8]) -> Result<(), Errno> {
-        if !self.op.brings_data() || buf.is_empty() || buf.len() != self.metadata_len() {
-            return Err(Errno::EINVAL);
-        }
-        self.slot().pull_metadata(buf)
-    }
-
-    /// Gives a read's integrity metadata to the client, all of it. For a read that is completed well without it, there
-    /// are ones in all bits, which the kernel takes for data that is not protected.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` if `data` has not [`metadata_len`](Self::metadata_len) bytes or the request wants none; otherwise the
-    /// device is ending.
-    pub fn put_metadata(&mut self, data: &[u8]) -> Result<(), Errno> {
-        if self.op != Op::Read || data.is_empty() || data.len() != self.metadata_len() {
-            return Err(Errno::EINVAL);
-        }
-        self.slot().push_metadata(data)?;
-        self.marked = true;
-        Ok(())
-    }
-
     fn fill_range(&self, at: usize, len: usize) -> Range<u32> {
         let end = at.checked_add(len).filter(|end| *end <= self.data_len(Op::Read));
         let Some(end) = end else {
@@ -573,37 +526,6 @@ impl Request {
     ) -> Result<KeptBuffer, Gone> {
         let len = if self.op.has_data() { self.len as usize } else { 0 };
         self.end(result.map_err(Into::into), false, true).map(|slot| KeptBuffer { slot, len })
-    }
-
-    /// Answers an append: all of it was written at byte `offset` of the disk, a multiple of the logical block size.
-    ///
-    /// # Errors
-    ///
-    /// [`Gone`], as [`complete`](Self::complete).
-    pub fn complete_append(mut self, offset: u64) -> Result<(), Gone> {
-        let sensible = self.op == Op::ZoneAppend && offset >= self.offset && offset & 0x1ff == 0;
-        if sensible {
-            self.slot().set_append_sector(offset >> 9);
-            self.told = true;
-        }
-        self.end(if sensible { Ok(()) } else { Err(Errno::EIO) }, false, false).map(drop)
-    }
-
-    /// Answers a report of zones, of which the first is the one that holds the request's offset and each other
-    /// follows its predecessor. Not more than [`zones`](Self::zones) are used; for the rest, if there were fewer, the
-    /// kernel asks again. None at all is `EIO`, because it would ask for ever.
-    ///
-    /// # Errors
-    ///
-    /// [`Gone`], as [`complete`](Self::complete).
-    pub fn complete_report(mut self, zones: &[Zone]) -> Result<(), Gone> {
-        let wire: Vec<_> = zones.iter().take(self.zones as usize).map(|z| z.to_uapi()).collect();
-        if !wire.is_empty() && wire.iter().all(|zone| zone.len > 0) {
-            let bytes: Vec<u8> = wire.iter().flat_map(bytes_of).copied().collect();
-            self.push(0, &bytes);
-            self.told = true;
-        }
-        self.end(Ok(()), false, false).map(drop)
     }
 
     fn end(
@@ -743,6 +665,11 @@ impl fmt::Debug for KeptBuffer {
         f.debug_struct("KeptBuffer").field("len", &self.len).finish()
     }
 }
+
+#[path = "request_metadata.rs"]
+mod metadata;
+#[path = "request_zones.rs"]
+mod zones;
 
 #[cfg(test)]
 #[path = "request_tests.rs"]

@@ -341,6 +341,54 @@ fn a_request_is_answered_by_whichever_thread_has_it() {
     assert_eq!(first, [0, 1, 2, 3]);
 }
 
+#[test]
+fn an_append_says_where_it_went_or_fails() {
+    // The request's zone starts at sector 9.
+    for (offset, outcome, sector) in
+        [(9 << 9, Ok(LEN), 9), (20 << 9, Ok(LEN), 20), (8 << 9, Err(Errno::EIO), 0)]
+    {
+        let (_mailbox, slot, request) = request(Op::ZoneAppend);
+        assert_eq!(request.data().len(), LEN as usize);
+        request.complete_append(offset).unwrap();
+        assert_eq!((slot.outcome().unwrap().result, slot.append_sector()), (outcome, sector));
+        // What comes next on the tag is none.
+        slot.recycle();
+        assert!(slot.issue());
+        assert_eq!(slot.append_sector(), 0);
+    }
+    let (_mailbox, slot, request) = request(Op::ZoneAppend);
+    request.complete(OK).unwrap();
+    assert_eq!(slot.outcome().unwrap().result, Err(Errno::EIO), "it did not say where");
+}
+
+#[test]
+fn what_is_no_append_has_no_place_and_a_report_is_no_mere_success() {
+    let (_mailbox, slot, write) = request(Op::Write);
+    write.complete_append(9 << 9).unwrap();
+    assert_eq!((slot.outcome().unwrap().result, slot.append_sector()), (Err(Errno::EIO), 0));
+    for told in [false, true] {
+        let (_mailbox, slot, report) = request(Op::ReportZones);
+        assert_eq!((report.len(), report.zones()), (0, LEN / 512));
+        match told {
+            true => report.complete_report(&[]).unwrap(),
+            false => report.complete(OK).unwrap(),
+        }
+        assert_eq!(slot.outcome().unwrap().result, Err(Errno::EIO));
+    }
+    let (_mailbox, slot, open) = request(Op::ZoneOpen);
+    assert_eq!(open.op().zone_action(), Some(crate::zones::ZoneAction::Open));
+    open.complete(OK).unwrap();
+    assert_eq!(slot.outcome().unwrap().result, Ok(0));
+}
+
+#[test]
+fn without_metadata_there_is_none_to_be_had() {
+    let (_mailbox, _slot, mut read) = request(Op::Read);
+    assert_eq!(read.metadata_len(), 0);
+    assert_eq!(read.put_metadata(&[]), Err(Errno::EINVAL));
+    assert_eq!(read.metadata(&mut []), Err(Errno::EINVAL));
+}
+
 const _: () = {
     const fn sent<T: Send>() {}
     sent::<Request>();

@@ -135,6 +135,7 @@ fn clients_see_the_zones_that_the_backend_has() {
     assert_eq!(all[2].wp, (2 * ZONE + 3 * BLOCK) >> 9);
     assert_eq!((all[3].state, all[3].wp), (1, (3 * ZONE) >> 9));
     assert_eq!(report(&client, 13 * ZONE), all[13..], "from the middle");
+    assert_eq!(disk.resize(32 * ZONE).unwrap_err().kind(), ErrorKind::Unsupported);
     drop(client);
     let stats = disk.stop(SOON).unwrap().stats.total();
     assert!(stats.zone_report.completed >= 2, "at the start, and for the clients");

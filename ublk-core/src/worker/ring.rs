@@ -269,7 +269,7 @@ impl Ring {
         Ok(n)
     }
 
-    /// Writes `range` of a write request's data to `file` at byte `offset`. Returns the number of bytes
+    /// Writes `range` of a write's or append's data to `file` at byte `offset`. Returns the number of bytes
     /// written, which may be less. `durable` makes the file's data durable with it (`RWF_DSYNC`).
     ///
     /// With a data path that registers the client's pages with the ring, the data comes straight from there;
@@ -278,7 +278,7 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the request is no write or the range does not fit, `ECANCELED` if it was revoked, and what the
+    /// `EINVAL` if the request is no write or append or the range does not fit, `ECANCELED` if it was revoked, and what the
     /// file's write reports.
     pub async fn write_from_request(
         &self,
