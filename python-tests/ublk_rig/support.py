@@ -51,6 +51,8 @@ CAPABILITIES = (
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its server, and goes to the next", r"recovery::"),
     Capability("Resizing; no scan for partitions", r"resize::"),
+    Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned"),
+    Capability("Integrity metadata, made and verified by the kernel", r"integrity::"),
     Capability("Forked children hold nothing", r"fork::"),
     Capability("Requests: completed anywhere, exactly once", r"requests::"),
     Capability("Async backends on the worker's ring", r"async_ring::"),
