@@ -574,7 +574,9 @@ fn a_device_that_is_stopped_from_another_thread_while_it_starts_never_hangs() {
     // On drivers before it, such a STOP corrupts the kernel's memory (docs/gotchas.md).
     let features = Control::open().unwrap().features();
     if !features.is_some_and(|f| f.contains(Features::PER_IO_DAEMON)) {
-        println!("\nnot run: the driver lacks PER_IO_DAEMON, and a STOP in the middle of a FETCH may panic it");
+        println!(
+            "\nnot run: the driver lacks PER_IO_DAEMON, and a STOP in the middle of a FETCH may panic it"
+        );
         return;
     }
     // The outcome of each race differs; what must not happen is a hang, or a disk that nobody serves.

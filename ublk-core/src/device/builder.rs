@@ -118,6 +118,7 @@ pub struct Builder {
     pub(super) force: bool,
     pub(super) threads: usize,
     pub(super) workers: Option<Workers>,
+    pub(super) workers_per_queue: u16,
     pub(super) pin: bool,
     pub(super) backing: Backing,
     pub(super) data_path: DataPath,
@@ -231,6 +232,7 @@ impl Builder {
             force: false,
             threads: 0,
             workers: None,
+            workers_per_queue: 1,
             pin: true,
             backing: Backing::default(),
             data_path: DataPath::Auto,
@@ -309,6 +311,17 @@ impl Builder {
         self
     }
 
+    /// Workers that share each queue, 1 to the queue depth. Default 1.
+    ///
+    /// More than one spread the requests of few queues over more CPUs, which takes a driver with
+    /// [`PER_IO_DAEMON`](Features::PER_IO_DAEMON): each worker serves its share of a queue's tags. With
+    /// [`BATCH_IO`](Features::BATCH_IO) each takes what has come when it is free; that goes with data paths on which
+    /// the driver does not copy.
+    pub fn workers_per_queue(mut self, workers: u16) -> Self {
+        self.workers_per_queue = workers;
+        self
+    }
+
     /// Whether each queue's worker runs only on the CPUs whose I/O comes by that queue (as far as this
     /// process may use them). Default yes; a pool's workers are never pinned.
     pub fn pin(mut self, pin: bool) -> Self {
@@ -366,6 +379,9 @@ impl Builder {
         if self.descriptor_bytes != DESCRIPTOR {
             features.require |= Features::IO_DESC_SIZE;
         }
+        if self.workers_per_queue > 1 && !features.require.contains(Features::BATCH_IO) {
+            features.require |= Features::PER_IO_DAEMON;
+        }
         features.prefer = features.prefer - Self::unserved();
         features
     }
@@ -405,6 +421,27 @@ impl Builder {
                 self.descriptor_bytes
             ));
         }
+        let lanes = self.workers_per_queue;
+        if lanes == 0 || lanes > self.params.build()?.queue_depth() {
+            return invalid(format!(
+                "{lanes} workers for each queue: there must be 1 to the queue depth, {}",
+                self.params.build()?.queue_depth()
+            ));
+        }
+        if lanes > 1 && self.features.require.contains(Features::BATCH_IO) {
+            if self.workers.is_some() {
+                return invalid(
+                    "a pool's workers cannot share a queue that works in batches".into(),
+                );
+            }
+            if self.data_path.is_copied_by_driver() {
+                return invalid(
+                    "several workers of a queue that works in batches need a data path on which the driver \
+                     does not copy: it copies before it is known which of them takes the request"
+                        .into(),
+                );
+            }
+        }
         // The driver's queue of arrived tags is a `kfifo`, which has two places at least.
         let too_shallow = self.params.build()?.queue_depth() < 2;
         if too_shallow && self.features.require.contains(Features::BATCH_IO) {
@@ -432,7 +469,7 @@ impl Builder {
         }
         let params = params.build()?;
         let mut features = self.request();
-        if too_shallow {
+        if too_shallow || lanes > 1 {
             features.prefer = features.prefer - Features::BATCH_IO;
         }
         let mut add = AddDevice::new(&params).id(self.id).features(features);

@@ -77,8 +77,9 @@ struct Failure {
     text: String,
 }
 
-/// One queue and who serves it.
+/// One queue and who serves it, or a part of it and one of those who do.
 pub(super) struct Queue {
+    pub(super) number: u16,
     pub(super) worker: Arc<WorkerHandle>,
     pub(super) meter: Arc<Meter>,
 }
@@ -181,11 +182,11 @@ impl Life {
         }
     }
 
-    /// Whether every queue's first fetches are with the kernel, or something failed.
-    pub(super) fn wait_fetched(&self, deadline: Instant) -> Result<()> {
-        let queues = self.info.queues;
-        let in_time =
-            self.wait_until(Some(deadline), |s| s.fetched == queues || s.failure.is_some());
+    /// Whether the first fetches of so many queues are with the kernel, or something failed.
+    pub(super) fn wait_fetched(&self, queues: usize, deadline: Instant) -> Result<()> {
+        let in_time = self.wait_until(Some(deadline), |s| {
+            usize::from(s.fetched) >= queues || s.failure.is_some()
+        });
         if let Some(error) = self.failure() {
             return Err(error);
         }

@@ -79,7 +79,7 @@ impl Device {
         let now = Stamp::now();
         let queues = self.0.queues();
         let mut stats = DeviceStats {
-            queues: queues.iter().map(|q| QueueStats::of(&q.meter, now)).collect(),
+            queues: QueueStats::by_queue(queues.iter().map(|q| (q.number, &*q.meter)), now),
             pool_panics: self.0.pool.as_ref().map_or(0, |pool| pool.panics()),
             ..DeviceStats::default()
         };

@@ -18,7 +18,7 @@ use crate::uring::worker_ring::{Size, defers};
 use crate::worker::meter::Meter;
 use crate::worker::path::DataPath;
 use crate::worker::pool::{Plan as WorkerPlan, WorkerHandle};
-use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
+use crate::worker::queue::{Events, Lane, Queue as WorkerQueue, Start};
 
 /// A device that the kernel knows: `/dev/ublkcN` exists, the disk does not.
 ///
@@ -138,7 +138,7 @@ impl Rise<'_> {
         let starts = self.starts(life)?;
         let queues = starts.iter().map(|start| {
             let worker = self.worker(life, start)?;
-            Ok(Queue { worker, meter: Arc::clone(&start.meter) })
+            Ok(Queue { number: start.queue, worker, meter: Arc::clone(&start.meter) })
         });
         let queues = queues.collect::<Result<Vec<_>>>()?;
         for queue in &queues {
@@ -149,11 +149,24 @@ impl Rise<'_> {
         let workers: Vec<_> = queues.iter().map(|q| Arc::clone(&q.worker)).collect();
         // Before any event of a queue can come.
         let _ = life.queues.set(queues);
-        for (start, worker) in starts.into_iter().zip(workers) {
-            let handler = self.builder.service.handler(start.queue, life.pool.as_ref());
-            worker.attach(start, handler);
+        // The tags of a queue that works in batches are all offered by its first worker, before others fetch.
+        let (first, others): (Vec<_>, Vec<_>) =
+            starts.into_iter().zip(workers).partition(|(s, _)| !s.batched || s.lane.index == 0);
+        let mut given = 0;
+        let mut fetched = Ok(());
+        for part in [first, others] {
+            given += part.len();
+            for (start, worker) in part {
+                let handler = self.builder.service.handler(start.queue, life.pool.as_ref());
+                match &fetched {
+                    Ok(()) => worker.attach(start, handler),
+                    // Whoever cleans up waits for an answer of each.
+                    Err(_) => life.fetched(start.queue, Err(unfit(self.info.id))),
+                }
+            }
+            fetched = fetched.and(life.wait_fetched(given, deadline));
         }
-        life.wait_fetched(deadline)?;
+        fetched?;
         // Every fetch is submitted; one that the kernel rejects ends the wait.
         let cancel = CancelToken::new();
         life.cancel_on_failure(&cancel);
@@ -189,7 +202,8 @@ impl Rise<'_> {
         let Some(file) = file.as_ref() else {
             return Err(Error::new(ErrorKind::WrongState, "start the device").on_device(info.id));
         };
-        let make = |queue| {
+        let lanes = self.builder.workers_per_queue;
+        let make = |(queue, index)| {
             // SAFETY: the descriptor is open as long as `file` is held, beyond this call.
             let fd = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
             let at = |e: Error| e.on_device(info.id).on_queue(queue);
@@ -213,6 +227,7 @@ impl Rise<'_> {
             Ok(Start {
                 device: info.id,
                 queue,
+                lane: Lane { index, count: lanes },
                 depth: info.queue_depth,
                 buffer: info.max_io_bytes,
                 backing,
@@ -226,7 +241,7 @@ impl Rise<'_> {
                 events: Arc::clone(life) as Arc<dyn Events>,
             })
         };
-        (0..info.queues).map(make).collect()
+        (0..info.queues).flat_map(|q| (0..lanes).map(move |lane| (q, lane))).map(make).collect()
     }
 
     fn worker(&self, life: &Life, start: &Start) -> Result<Arc<WorkerHandle>> {
@@ -241,7 +256,10 @@ impl Rise<'_> {
         };
         let depth = u32::from(start.depth);
         WorkerHandle::start(WorkerPlan {
-            name: format!("ublk{id}-q{queue}"),
+            name: match start.lane.count {
+                1 => format!("ublk{id}-q{queue}"),
+                _ => format!("ublk{id}-q{queue}.{}", start.lane.index),
+            },
             // A commit for each tag, and as many operations of futures besides.
             size: Size {
                 submissions: (depth + 8).next_power_of_two(),
@@ -285,6 +303,13 @@ impl Rise<'_> {
         ));
         Ok(())
     }
+}
+
+/// For a queue that is not given to its worker, because another was not taken.
+fn unfit(id: u32) -> Error {
+    Error::new(ErrorKind::WrongState, "give the queue to a worker")
+        .on_device(id)
+        .because("the device is not started after all")
 }
 
 impl std::fmt::Debug for Added {

@@ -215,8 +215,9 @@ impl Life {
     /// aborts what was in progress.
     pub(super) fn condemn(&self, leftovers: &mut Leftovers) {
         let deadline = Instant::now() + PATIENCE;
-        for (number, queue) in self.queues().iter().enumerate() {
+        for queue in self.queues() {
             if !queue.worker.condemn(deadline) {
+                let number = queue.number;
                 leftovers.push(format!("the worker of queue {number} could not be ended"));
             }
         }

@@ -83,17 +83,18 @@ impl Batch {
         })
     }
 
-    /// Offers every tag, and fetches.
-    pub(crate) fn start<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> [Entry; 2] {
+    /// Offers every tag.
+    pub(crate) fn offer<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> Entry {
         let layout = self.commands.layout();
         for slot in slots {
             layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot));
         }
         let token = Token::Offer { key: self.key }.encode();
-        [self.commands.prepare(&self.offer).user_data(token), self.fetch()]
+        self.commands.prepare(&self.offer).user_data(token)
     }
 
-    fn fetch(&self) -> Entry {
+    /// Has the kernel deliver requests, once the tags are offered.
+    pub(crate) fn fetch(&self) -> Entry {
         let token = Token::Fetch { key: self.key }.encode();
         self.commands.fetch(self.arrays.group()).user_data(token)
     }

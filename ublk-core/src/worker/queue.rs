@@ -42,6 +42,8 @@ pub(crate) trait Events: Send + Sync {
 pub(crate) struct Start {
     pub(crate) device: u32,
     pub(crate) queue: u16,
+    /// In batches any lane may be given any tag; otherwise each has its own.
+    pub(crate) lane: Lane,
     pub(crate) depth: u16,
     /// The size of each tag's buffer, in bytes.
     pub(crate) buffer: u32,
@@ -56,6 +58,25 @@ pub(crate) struct Start {
     pub(crate) batched: bool,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
+}
+
+/// Which part of a queue a worker serves, where several share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lane {
+    pub(crate) index: u16,
+    pub(crate) count: u16,
+}
+
+impl Lane {
+    /// Whether the tag's commands are this lane's.
+    fn owns(self, tag: u16) -> bool {
+        tag % self.count == self.index
+    }
+
+    /// How many of a queue's tags are this lane's.
+    fn tags(self, depth: u16) -> u16 {
+        (depth - self.index).div_ceil(self.count)
+    }
 }
 
 pub(crate) struct Queue {
@@ -150,13 +171,18 @@ impl Queue {
     pub(crate) fn offer(&mut self) -> Vec<Entry> {
         let (key, commands) = (self.key, self.commands);
         match &mut self.batch {
-            Some(batch) => batch.start(self.slots.iter().map(|slot| &**slot)).into(),
+            Some(batch) => {
+                let slots = self.slots.iter().map(|slot| &**slot);
+                let offer = (self.start.lane.index == 0).then(|| batch.offer(slots));
+                offer.into_iter().chain([batch.fetch()]).collect()
+            }
             None => {
                 let entry = |slot: &Arc<Slot>| {
                     let token = Token::Command { key, tag: slot.place().tag };
                     commands.fetch(slot).user_data(token.encode())
                 };
-                self.slots.iter().map(entry).collect()
+                let lane = self.start.lane;
+                self.slots.iter().filter(|slot| lane.owns(slot.place().tag)).map(entry).collect()
             }
         }
     }
@@ -448,7 +474,7 @@ impl Queue {
     /// A tag's command came back for good. Whether it was the last.
     pub(crate) fn came_home(&mut self, _tag: u16) -> bool {
         self.home += 1;
-        self.home == self.start.depth
+        self.home == self.start.lane.tags(self.start.depth)
     }
 
     pub(crate) fn has_touched_memory(&self) -> bool {
