@@ -60,6 +60,7 @@ impl Batch {
         queue: u16,
         depth: u16,
         target: Target,
+        lanes: u16,
         path: DataPath,
     ) -> Result<Self, Errno> {
         let layout = match path {
@@ -67,12 +68,17 @@ impl Batch {
             path if path.is_copied_by_driver() => Layout::Address,
             _ => Layout::Plain,
         };
-        let arrays = depth.next_power_of_two().min(MOST_ARRAYS);
+        // The driver serves one fetch until it runs out of buffers, and then the one that has waited longest: so
+        // workers that share a queue take one share of its tags each in turn.
+        let (arrays, bytes) = match lanes {
+            1 => (depth.next_power_of_two().min(MOST_ARRAYS), FETCH_BYTES),
+            n => (1, FETCH_BYTES.min(usize::from(depth.div_ceil(n)) * size_of::<u16>())),
+        };
         let group = u16::try_from(key).map_err(|_| Errno::ENOSPC)?;
         Ok(Batch {
             key,
             commands: BatchCommands::new(target, queue, layout),
-            arrays: BufferRing::new(ring, group, arrays, FETCH_BYTES)?,
+            arrays: BufferRing::new(ring, group, arrays, bytes)?,
             offer: Vec::new(),
             pending: Vec::new(),
             flying: Vec::new(),

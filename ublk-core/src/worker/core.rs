@@ -239,9 +239,12 @@ impl Core {
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let commands = PerTag::new(queue, target, start.encoding, start.path);
         let batch = match start.batched {
-            true => Some(Batch::new(&self.ring, key, queue, depth, target, start.path).map_err(
-                |errno| fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno)),
-            )?),
+            true => Some(
+                Batch::new(&self.ring, key, queue, depth, target, start.lane.count, start.path)
+                    .map_err(|errno| {
+                        fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
+                    })?,
+            ),
             false => None,
         };
         let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);
@@ -485,6 +488,7 @@ impl Core {
         let Core { ring, queues, operations, settled, bell_armed, idle_armed, .. } = self;
         let mut again = Vec::new();
         let mut tags = Vec::new();
+        let mut hand_over = false;
         ring.reap(|word, result, flags| match Token::decode(word) {
             Some(Token::Command { key, tag }) => {
                 let Some(Some(queue)) = queues.get_mut(key as usize) else {
@@ -513,6 +517,8 @@ impl Core {
                 let Some(batch) = queue.batch() else { return };
                 let (array, more) = (cqueue::buffer_select(flags), cqueue::more(flags));
                 let fetched = batch.fetched(result, array, more, &mut tags);
+                // Another worker waits for its turn.
+                hand_over |= fetched.again.is_some() && queue.is_shared();
                 again.extend(fetched.again);
                 for tag in tags.drain(..) {
                     let now = *now.get_or_insert_with(Stamp::now);
@@ -574,6 +580,10 @@ impl Core {
             unsafe { self.push(entry) };
         }
         self.flush();
+        if hand_over {
+            // What is wrong with the ring, the next enter says again.
+            let _ = self.enter(0);
+        }
         if idle || !harvest.requests.is_empty() {
             self.look_after_memory(idle);
         }

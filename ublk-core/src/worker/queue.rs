@@ -220,6 +220,11 @@ impl Queue {
         self.start.path.registers()
     }
 
+    /// Whether several workers serve the queue.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.start.lane.count > 1
+    }
+
     pub(crate) fn depth(&self) -> u16 {
         self.start.depth
     }
