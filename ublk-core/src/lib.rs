@@ -47,7 +47,8 @@ mod worker;
 
 pub use backend::{AsyncBackend, Backend, Capabilities, QueueContext, QueueHandler};
 pub use device::{
-    Added, Builder, Device, DeviceStats, Ending, OpStats, QueueStats, Running, StopFailed, Stopped,
+    Added, Builder, Device, DeviceStats, Ending, OpStats, QueueStats, Running, SharedBuffer,
+    StopFailed, Stopped,
 };
 pub use error::{Errno, Error, ErrorKind, Result};
 pub use request::{Gone, KeptBuffer, Op, Request, RequestFlags};

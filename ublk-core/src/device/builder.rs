@@ -365,11 +365,7 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::ZONED
-            | Features::INTEGRITY
-            | Features::UNPRIVILEGED_DEV
-            | Features::SHMEM_ZC
-            | Features::QUIESCE
+        Features::ZONED | Features::INTEGRITY | Features::UNPRIVILEGED_DEV | Features::QUIESCE
     }
 
     /// The features that are asked for on any driver.
@@ -421,6 +417,16 @@ impl Builder {
                 self.descriptor_bytes
             ));
         }
+        if self.data_path == DataPath::NeedGetData
+            && self.features.require.contains(Features::SHMEM_ZC)
+        {
+            // `ublk_get_data` overwrites what says where the data is, and it is not copied either.
+            return invalid(
+                "the data path need-get-data excludes SHMEM_ZC: the driver forgets where a write's data lies \
+                 in shared memory when it is told of a buffer"
+                    .into(),
+            );
+        }
         let lanes = self.workers_per_queue;
         if lanes == 0 || lanes > self.params.build()?.queue_depth() {
             return invalid(format!(
@@ -471,6 +477,9 @@ impl Builder {
         let mut features = self.request();
         if too_shallow || lanes > 1 {
             features.prefer = features.prefer - Features::BATCH_IO;
+        }
+        if self.data_path == DataPath::NeedGetData {
+            features.prefer = features.prefer - Features::SHMEM_ZC;
         }
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;

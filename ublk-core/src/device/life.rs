@@ -14,6 +14,7 @@ use crate::worker::meter::Meter;
 use crate::worker::pool::WorkerHandle;
 use crate::worker::queue::Events;
 use crate::worker::serve::Pool;
+use crate::worker::shared::SharedBuffers;
 
 /// The inode of the device's directory in sysfs, which no two devices have in one boot.
 pub(super) fn identity_of(id: u32) -> Option<u64> {
@@ -97,6 +98,8 @@ pub(crate) struct Life {
     pub(super) queues: std::sync::OnceLock<Vec<Queue>>,
     pub(super) pool: Option<Arc<Pool>>,
     pub(super) shared_workers: bool,
+    /// Memory that clients share with the server.
+    pub(super) shared: Arc<SharedBuffers>,
     /// `/dev/ublkcN`, until the device ends. The rings hold it as well.
     pub(super) char_device: Mutex<Option<Arc<OwnFd>>>,
     pub(super) warnings: Mutex<Vec<String>>,
@@ -141,6 +144,7 @@ impl Life {
             queues: std::sync::OnceLock::new(),
             pool,
             shared_workers,
+            shared: Arc::default(),
             char_device: Mutex::new(Some(Arc::new(char_device))),
             warnings: Mutex::new(Vec::new()),
             identity,

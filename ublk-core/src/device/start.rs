@@ -237,6 +237,7 @@ impl Rise<'_> {
                 region: Arc::new(region),
                 path: DataPath::of(info.features),
                 batched: info.features.contains(Features::BATCH_IO),
+                shared: Arc::clone(&life.shared),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

@@ -11,6 +11,7 @@ use super::mailbox::Mailbox;
 use super::meter::Meter;
 use super::path::DataPath;
 use super::portal::{Portal, Reach};
+use super::shared::SharedBuffers;
 use super::slot::{Buffer, Outcome, Place, Slot};
 use crate::error::{Errno, Error, ErrorKind};
 use crate::request::{Op, Request};
@@ -56,6 +57,7 @@ pub(crate) struct Start {
     pub(crate) path: DataPath,
     /// Requests come and go in batches.
     pub(crate) batched: bool,
+    pub(crate) shared: Arc<SharedBuffers>,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -296,7 +298,21 @@ impl Queue {
                 self.start.meter.unregistered.add(1);
             }
         }
-        Ok(Request::new(slot, op, &desc))
+        let shared = match desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 && op.has_data() {
+            true => self.start.shared.part_of(&desc, bytes),
+            false => None,
+        };
+        if shared.is_none() && desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 {
+            // The driver has not brought the data, and its place is unknown.
+            tracing::error!(
+                device = self.start.device,
+                tag,
+                "a request in shared memory that is unknown"
+            );
+            return end(Errno::EIO);
+        }
+        slot.set_shared(shared.is_some());
+        Ok(Request::new(slot, op, &desc, shared))
     }
 
     fn op_of(&self, tag: u16) -> Op {
@@ -395,7 +411,9 @@ impl Queue {
         self.refusing = true;
         let mut entries = Vec::new();
         for tag in 0..self.start.depth {
-            if !self.slots[usize::from(tag)].revoke() {
+            let slot = &self.slots[usize::from(tag)];
+            // What works on the client's own memory is cancelled first; then the request ends by itself.
+            if slot.works_on_shared_memory() || !slot.revoke() {
                 continue;
             }
             let op = self.op_of(tag);
