@@ -289,17 +289,18 @@ impl Request {
     fn fetch(&self, len: usize) {
         let slot = self.slot();
         slot.soil(len as u32);
-        // SAFETY: `len` is within the buffer; it was not buffered before, so there is no slice of it, and no
-        // ring operation is in flight (callers have checked).
+        let to = slot.buffer().start().as_ptr();
         let fetched = match &self.shared {
-            // SAFETY: as below; the buffer is not shared memory.
-            Some(part) => slot.moving(|| unsafe { part.pull(slot.buffer().start().as_ptr(), len) }),
+            // SAFETY: `len` is within the buffer; it was not buffered before, so there is no slice of it, and no
+            // ring operation is in flight (callers have checked). It is not shared memory.
+            Some(part) => slot.moving(|| unsafe { part.pull(to, len) }),
+            // SAFETY: as above.
             None => unsafe { slot.pull(len) },
         };
         if let Err(errno) = fetched {
             self.broken.set(Some(errno));
             // SAFETY: as above. What an earlier request left is nobody's business.
-            unsafe { slot.buffer().start().as_ptr().write_bytes(0, len) };
+            unsafe { to.write_bytes(0, len) };
         }
         self.buffered.set(true);
     }

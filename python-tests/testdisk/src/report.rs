@@ -59,6 +59,7 @@ fn queue(stats: &QueueStats) -> Value {
         "revoked": stats.revoked,
         "refused": stats.refused,
         "rejected": stats.rejected,
+        "unregistered": stats.unregistered,
     })
 }
 
