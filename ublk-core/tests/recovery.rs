@@ -144,7 +144,7 @@ fn server_process() {
     disk::say(&format!("ready {}", running.id()));
     // Some are killed here; the others are told to let go.
     disk::go_ahead();
-    running.detach(SOON).unwrap();
+    running.hand_over(SOON).unwrap();
     disk::say("detached");
     disk::idle();
 }
@@ -402,7 +402,7 @@ fn a_device_without_recovery_or_without_a_disk_is_refused() {
     let e = recover(disk.id(), builder(&store.0)).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::WrongState);
     assert!(e.to_string().contains("without USER_RECOVERY"), "{e}");
-    let failed = disk.detach(SOON).unwrap_err();
+    let failed = disk.hand_over(SOON).unwrap_err();
     assert_eq!(failed.error.kind(), ErrorKind::Unsupported, "{}", failed.error);
     works(&failed.device);
     stop(failed.device);
@@ -434,7 +434,7 @@ fn a_detached_disk_waits_for_its_next_server() {
     let disk = builder(&store.0).require(PLAIN).start().unwrap();
     works(&disk);
     if !has(Features::PER_IO_DAEMON) {
-        let failed = disk.detach(SOON).unwrap_err();
+        let failed = disk.hand_over(SOON).unwrap_err();
         assert_eq!(failed.error.kind(), ErrorKind::Unsupported);
         assert!(failed.error.to_string().contains("PER_IO_DAEMON (since Linux 6.16)"));
         works(&failed.device);
@@ -443,8 +443,8 @@ fn a_detached_disk_waits_for_its_next_server() {
     }
     let handle = disk.handle();
     let id = handle.id();
-    bounded("the detach", move || disk.detach(SOON).unwrap());
-    assert_eq!(handle.ending(), Some(Ending::Detached));
+    bounded("the detach", move || disk.hand_over(SOON).unwrap());
+    assert_eq!(handle.ending(), Some(Ending::HandedOver));
     assert_eq!(handle.state().unwrap(), DeviceState::Quiesced);
     // A handle that is left over does not delete what is the next server's.
     handle.stop_force(SOON).unwrap();

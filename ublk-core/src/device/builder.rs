@@ -324,7 +324,6 @@ impl Builder {
             | Features::UNPRIVILEGED_DEV
             | Features::SHMEM_ZC
             | Features::IO_DESC_SIZE
-            | Features::QUIESCE
     }
 
     /// Checks what can be checked without the kernel.
@@ -373,6 +372,13 @@ impl Builder {
         }
         let params = params.build()?;
         let mut features = self.features;
+        // All it does is to permit the command that a handover needs.
+        let asked = features.require | features.prefer;
+        if asked.contains(Features::USER_RECOVERY)
+            && !asked.contains(Features::USER_RECOVERY_FAIL_IO)
+        {
+            features.prefer |= Features::QUIESCE;
+        }
         features.prefer = features.prefer - Self::unserved();
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;

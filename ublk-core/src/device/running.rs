@@ -212,36 +212,44 @@ impl Running {
         self.finish(within, Manner::Forced)
     }
 
-    /// Lets go of a disk that has [`USER_RECOVERY`](Features::USER_RECOVERY) and leaves it to the next server,
-    /// which takes it over by [`Builder::recover`](crate::Builder::recover); in the meantime its I/O waits
-    /// (fails
-    /// with EREMOTEIO, with `USER_RECOVERY_FAIL_IO`).
+    /// Gives the disk to the next server, which takes it over by [`Builder::recover`](crate::Builder::recover):
+    /// under its users, a mounted file system for instance, and without a failed request. Requests that come
+    /// between the two servers wait.
     ///
-    /// Requests that the backend has at this moment fail with EIO, or go to the next server with
-    /// `USER_RECOVERY_REISSUE`, which may then see again what was done already. The memory of the tags' buffers
-    /// stays with this process, because the kernel does not say when it has finished with it.
+    /// The disk must have [`USER_RECOVERY`](Features::USER_RECOVERY), and not
+    /// [`USER_RECOVERY_FAIL_IO`](Features::USER_RECOVERY_FAIL_IO).
+    ///
+    /// * With [`QUIESCE`](Features::QUIESCE) (since Linux 6.16; a [`Builder`](crate::Builder) that asks for
+    ///   `USER_RECOVERY` prefers it by itself) all that this server has is answered by it first.
+    /// * Otherwise it takes [`USER_RECOVERY_REISSUE`](Features::USER_RECOVERY_REISSUE): what this server has not
+    ///   answered goes to the next one, which may see again what was done already. The memory of the tags'
+    ///   buffers then stays with this process, because the kernel does not say when it has finished with it.
+    ///   Before Linux 6.16 a server that lives on would lose requests; there, end the process in place of this.
     ///
     /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
-    /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business: have them
-    /// finished, or do no harm.
+    /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business.
     ///
-    /// Returns once the driver is ready for the next server.
+    /// Returns once the driver is ready for the next server. The next one can be started before: it waits for
+    /// this one's end until its [`start_timeout`](crate::Builder::start_timeout).
     ///
     /// # Errors
     ///
-    /// The device comes back with [`ErrorKind::Unsupported`] if it cannot be recovered, shares its workers with
-    /// others, or the driver is from before Linux 6.16: it loses requests that arrive while a live server
-    /// lets go, and waits for them for ever. With [`ErrorKind::WrongState`] if it is ending.
-    /// [`ErrorKind::TimedOut`] if the driver is not ready in time or the backend is stuck; the device is let go
-    /// of all the same.
-    pub fn detach(mut self, within: Duration) -> Result<(), StopFailed> {
-        match self.device.0.detach(within) {
+    /// The device comes back.
+    ///
+    /// * [`ErrorKind::Unsupported`] names the feature that is missing and the kernel that brought it;
+    ///   [`ErrorKind::WrongState`] if it is ending. This server goes on.
+    /// * [`ErrorKind::TimedOut`] if the backend does not answer in time what it had at the call: this server goes
+    ///   on. If it stops answering later than that, the disk is given away all the same, because nothing takes a
+    ///   QUIESCE back: [`Device::ending`] is [`Ending::HandedOver`], and the message says what has become of the
+    ///   requests.
+    pub fn hand_over(mut self, within: Duration) -> Result<(), StopFailed> {
+        match self.device.0.hand_over(within) {
             Ok(()) => {
                 self.over = true;
                 Ok(())
             }
             Err(error) => {
-                self.over = self.device.ending() == Some(Ending::Detached);
+                self.over = self.device.ending() == Some(Ending::HandedOver);
                 Err(StopFailed { error, device: self })
             }
         }

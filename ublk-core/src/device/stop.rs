@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
 use crate::control::node_watch::Watch;
-use crate::control::{Features, Holder, Wait};
+use crate::control::{DeviceState, Features, Holder, Wait};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Whether users of the disk keep it from being stopped.
@@ -60,13 +60,7 @@ impl Life {
             if manner == Manner::Polite
                 && let Err(error) = self.stop_when_free(deadline)
             {
-                self.lock().phase = Phase::Live;
-                self.changed.notify_all();
-                // What ended or failed meanwhile was taken for a part of this stop.
-                self.notice_end();
-                if self.lock().has_failed() {
-                    self.set_takedown_off();
-                }
+                self.resume();
                 return Err(error);
             }
             if manner == Manner::Forced && !self.wait_answered_requests(deadline) {
@@ -90,7 +84,7 @@ impl Life {
     /// STOP waits for requests inside of the kernel, with no way back, and a process that is killed in that
     /// state, on a thread of its own STOP, never ends: the requests are aborted only when `ublkc` is closed,
     /// which the kernel thread that runs the STOP keeps open. So STOP is not begun while a request is stuck.
-    fn wait_answered_requests(&self, deadline: Instant) -> bool {
+    pub(super) fn wait_answered_requests(&self, deadline: Instant) -> bool {
         // A request's end is no event: to announce each would burden them all for the sake of this.
         const STEP: Duration = Duration::from_millis(2);
         let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
@@ -205,7 +199,7 @@ impl Life {
         leftovers.push(format!("STOP of device {id} has not come back from the kernel"));
     }
 
-    fn revoke(&self) {
+    pub(super) fn revoke(&self) {
         for queue in self.queues() {
             queue.worker.revoke(self.info.id);
         }
@@ -247,6 +241,14 @@ impl Life {
         }
     }
 
+    /// Whether somebody else took the device from this server for another one, by QUIESCE.
+    fn is_for_the_next_server(&self) -> bool {
+        let by_others = self.lock().phase == Phase::Ended(Ending::StoppedByOthers);
+        by_others
+            && self.info.features.contains(Features::USER_RECOVERY)
+            && self.control.get_dev_info(self.info.id).is_ok_and(|i| i.state != DeviceState::Dead)
+    }
+
     /// Deletes the device, once: the number may be somebody else's afterwards.
     fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
         let id = self.info.id;
@@ -255,6 +257,9 @@ impl Life {
         }
         if self.identity.is_some() && identity_of(id) != self.identity {
             // Somebody else deleted it.
+            return;
+        }
+        if self.is_for_the_next_server() {
             return;
         }
         let wait = Wait::for_(PATIENCE);
@@ -279,7 +284,18 @@ impl Life {
         }
     }
 
-    /// After a polite stop was given up: whether the device ended by itself meanwhile.
+    /// A stop or a handover was given up: the device is served on.
+    pub(super) fn resume(&self) {
+        self.lock().phase = Phase::Live;
+        self.changed.notify_all();
+        // What ended or failed meanwhile was taken for a part of it.
+        self.notice_end();
+        if self.lock().has_failed() {
+            self.set_takedown_off();
+        }
+    }
+
+    /// Whether the device ended by itself while that was taken for somebody's doing.
     pub(super) fn notice_end(&self) {
         let all = {
             let state = self.lock();
