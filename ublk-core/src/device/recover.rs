@@ -76,7 +76,7 @@ impl Builder {
         match (Rise { builder: &self, info: &life.info, way: Way::Recover }
             .bring_up(&life, deadline))
         {
-            Ok(()) => Ok(Running::new(life)),
+            Ok(()) => Ok(Running::new(life, self)),
             Err(error) => {
                 life.undo_recovery();
                 Err(error)

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::builder::Builder;
 use super::life::{Ending, Life, Phase, from_now};
+use super::start::Added;
 use super::stats::{DeviceStats, QueueStats};
 use super::stop::Manner;
 use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
@@ -177,6 +179,8 @@ impl fmt::Debug for Device {
 /// on it. To end without that, stop it; to let it run, leak it or keep it.
 pub struct Running {
     device: Device,
+    /// What it was made from, for another life.
+    builder: Option<Box<Builder>>,
     /// It was stopped: nothing is left to do.
     over: bool,
 }
@@ -185,8 +189,8 @@ pub struct Running {
 const DROP_WITHIN: Duration = Duration::from_secs(5);
 
 impl Running {
-    pub(super) fn new(life: Arc<Life>) -> Self {
-        Running { device: Device(life), over: false }
+    pub(super) fn new(life: Arc<Life>, builder: Builder) -> Self {
+        Running { device: Device(life), builder: Some(Box::new(builder)), over: false }
     }
 
     /// A handle for other threads.
@@ -210,6 +214,36 @@ impl Running {
     /// As [`Device::stop_force`]; the device comes back with the error.
     pub fn stop_force(self, within: Duration) -> Result<Stopped, StopFailed> {
         self.finish(within, Manner::Forced)
+    }
+
+    /// Stops the disk when nobody uses it, as [`stop`](Device::stop) does, and keeps the device: started again it
+    /// has the same number, features and fingerprint. In between [`Added::describe`] can give it another size,
+    /// other block sizes or limits, or another backend.
+    ///
+    /// Counters begin at zero again; handles of the device from before say [`Ending::Stopped`].
+    ///
+    /// Somebody who opens the disk at the last moment loses it, on every driver: the command that looks and stops
+    /// at once would keep the disk's users out of its next life, if they are not privileged.
+    ///
+    /// # Errors
+    ///
+    /// The device comes back. [`ErrorKind::Unsupported`] where the kernel starts no device a second time (by all
+    /// that is known, before Linux 7.3); [`ErrorKind::Busy`] as of [`stop`](Device::stop),
+    /// [`ErrorKind::WrongState`] if it is ending: the disk goes on, or was ended by others. If the backend is stuck
+    /// at the end ([`ErrorKind::TimedOut`]) or the device fails, it is stopped and deleted.
+    pub fn halt(mut self, within: Duration) -> Result<Added, StopFailed> {
+        let halted = self.device.0.halt(within);
+        match (halted, self.builder.take()) {
+            (Ok((info, params)), Some(builder)) => {
+                self.over = true;
+                Ok(Added::again(*builder, params, self.device.0.control.clone(), info))
+            }
+            (Ok(_), None) => unreachable!("only this takes the builder, and the device with it"),
+            (Err(error), builder) => {
+                self.builder = builder;
+                Err(StopFailed { error, device: self })
+            }
+        }
     }
 
     /// Gives the disk to the next server, which takes it over by [`Builder::recover`](crate::Builder::recover):

@@ -58,7 +58,7 @@ impl Life {
         let mut leftovers = Vec::new();
         if ours {
             if manner == Manner::Polite
-                && let Err(error) = self.stop_when_free(deadline)
+                && let Err(error) = self.stop_when_free(deadline, true)
             {
                 self.resume();
                 return Err(error);
@@ -100,8 +100,9 @@ impl Life {
         }
     }
 
-    /// Waits until nobody holds the disk and removes it in the same moment, where the kernel can do that.
-    fn stop_when_free(&self, deadline: Instant) -> Result<()> {
+    /// Waits until nobody holds the disk. If it is to go `for_good`, it is removed in the same moment, where the
+    /// kernel can do that.
+    pub(super) fn stop_when_free(&self, deadline: Instant, for_good: bool) -> Result<()> {
         let id = self.info.id;
         if !self.wait_answered_requests(deadline) && !self.lock().has_failed() {
             let holders = self.disk_holders();
@@ -120,7 +121,7 @@ impl Life {
             // Also at the deadline the driver is asked, and given the time to say who holds the disk: an
             // answer that did not come must not be taken for one.
             let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
-            let holders = if self.info.features.contains(Features::SAFE_STOP_DEV) {
+            let holders = if for_good && self.info.features.contains(Features::SAFE_STOP_DEV) {
                 match self.control.try_stop_dev(id, &wait) {
                     // Ok, or gone already.
                     Ok(()) => return Ok(()),
@@ -170,7 +171,7 @@ impl Life {
     }
 
     /// STOP, with what is stuck revoked at the deadline, and taken from its worker soon after.
-    fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
+    pub(super) fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
         let id = self.info.id;
         if self.has_lost_queues() {
             // STOP would wait for requests that only the closing of the device's file ends.
@@ -250,7 +251,7 @@ impl Life {
     }
 
     /// Deletes the device, once: the number may be somebody else's afterwards.
-    fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
+    pub(super) fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
         let id = self.info.id;
         if std::mem::replace(&mut self.lock().deleted, true) {
             return;
