@@ -112,12 +112,12 @@ impl Wandering {
         Wandering { store, server, id }
     }
 
-    /// The next server is there before the former one lets go.
+    /// The former server lives on, and the next one comes.
     fn hand_over(&mut self) {
-        let role = format!("recover {} {}", self.id, self.store.path());
         self.server.child.stdin.take().unwrap().write_all(b"x").unwrap();
-        let mut next = Server::start("server_process", &role);
         self.server.hear("handed over");
+        let role = format!("recover {} {}", self.id, self.store.path());
+        let mut next = Server::start("server_process", &role);
         assert_eq!(next.hear("ready").parse::<u32>().unwrap(), self.id);
         self.server = next;
     }

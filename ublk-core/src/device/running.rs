@@ -263,8 +263,8 @@ impl Running {
     /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
     /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business.
     ///
-    /// Returns once the driver is ready for the next server. The next one can be started before: it waits for
-    /// this one's end until its [`start_timeout`](crate::Builder::start_timeout).
+    /// Returns once the driver is ready for the next server. One that was told to recover the disk before waits two
+    /// seconds for a server that lives, and then gives up with [`ErrorKind::Busy`].
     ///
     /// # Errors
     ///
