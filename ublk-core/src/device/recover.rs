@@ -58,7 +58,7 @@ impl Builder {
         let info = control.get_dev_info(id)?;
         // Those of a device that was never started may be missing.
         check_state(&info)?;
-        let params = control.get_params(id)?;
+        let params = params_of(control, id, deadline)?;
         self.check(&info, &params).map_err(|e| e.on_device(id))?;
         let char_device = take(control, id, deadline)?;
         let mut info = control.get_dev_info(id)?;
@@ -150,6 +150,17 @@ fn check_state(info: &DeviceInfo) -> Result<()> {
     match info.state {
         DeviceState::Dead => wrong("it has no disk: it was never started, or was stopped"),
         _ => Ok(()),
+    }
+}
+
+/// The disk's parameters. Drivers before 6.16 that are just noticing a server's end keep the device's lock for as
+/// long as requests take to time out, which is longer than a command is usually waited for.
+fn params_of(control: &Control, id: u32, deadline: Instant) -> Result<DeviceParams> {
+    loop {
+        match control.get_params(id) {
+            Err(e) if e.kind() == ErrorKind::TimedOut && Instant::now() < deadline => {}
+            params => return params,
+        }
     }
 }
 
