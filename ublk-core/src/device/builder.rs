@@ -261,7 +261,10 @@ impl Builder {
         self
     }
 
-    /// Features to be asked for where the kernel has them.
+    /// Features to be asked for where the kernel has them. [`QUIESCE`](Features::QUIESCE), which
+    /// [`Running::hand_over`] works best with, is preferred by itself with
+    /// [`USER_RECOVERY`](Features::USER_RECOVERY), unless that comes with
+    /// [`USER_RECOVERY_FAIL_IO`](Features::USER_RECOVERY_FAIL_IO).
     pub fn prefer(mut self, features: Features) -> Self {
         self.features.prefer |= features;
         self

@@ -25,7 +25,7 @@ pub(super) fn identity_of(id: u32) -> Option<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ending {
-    /// By its own server's stop.
+    /// By its own server's stop, or its [`halt`](crate::Running::halt).
     Stopped,
     /// Somebody else stopped or deleted it, or quiesced it for another server;
     /// [`Device::state`](crate::Device::state) tells. Of these only a stopped one is deleted by a stop of this

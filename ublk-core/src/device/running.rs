@@ -137,7 +137,8 @@ impl Device {
     /// is revoked. Should the backend be stuck on a worker, its ring is taken away: the call returns some
     /// seconds after `within` in any case.
     ///
-    /// A device that has ended already is deleted.
+    /// A device that has ended already is deleted; but not one that has gone to another server, or waits for one
+    /// (see [`Ending`]): of that, this only says how it ended.
     ///
     /// On drivers without [`SAFE_STOP_DEV`](Features::SAFE_STOP_DEV) (before Linux 7) the users are those that
     /// this process can see in `/proc` and `/sys`, and one that comes at the last moment loses the disk.
