@@ -286,7 +286,10 @@ impl Builder {
         self
     }
 
-    /// Features to be asked for where the kernel has them.
+    /// Features to be asked for where the kernel has them. [`QUIESCE`](Features::QUIESCE), which
+    /// [`Running::hand_over`] works best with, is preferred by itself with
+    /// [`USER_RECOVERY`](Features::USER_RECOVERY), unless that comes with
+    /// [`USER_RECOVERY_FAIL_IO`](Features::USER_RECOVERY_FAIL_IO).
     pub fn prefer(mut self, features: Features) -> Self {
         self.features.prefer |= features;
         self
@@ -365,7 +368,7 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::ZONED | Features::INTEGRITY | Features::UNPRIVILEGED_DEV | Features::QUIESCE
+        Features::ZONED | Features::INTEGRITY | Features::UNPRIVILEGED_DEV
     }
 
     /// The features that are asked for on any driver.
@@ -480,6 +483,13 @@ impl Builder {
         }
         if self.data_path == DataPath::NeedGetData {
             features.prefer = features.prefer - Features::SHMEM_ZC;
+        }
+        // All it does is to permit the command that a handover needs.
+        let asked = features.require | features.prefer;
+        if asked.contains(Features::USER_RECOVERY)
+            && !asked.contains(Features::USER_RECOVERY_FAIL_IO)
+        {
+            features.prefer |= Features::QUIESCE;
         }
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;

@@ -26,12 +26,15 @@ pub(super) fn identity_of(id: u32) -> Option<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ending {
-    /// By its own server's stop.
+    /// By its own server's stop, or its [`halt`](crate::Running::halt).
     Stopped,
-    /// Somebody else stopped or deleted it.
+    /// Somebody else stopped or deleted it, or quiesced it for another server;
+    /// [`Device::state`](crate::Device::state) tells. Of these only a stopped one is deleted by a stop of this
+    /// server's.
     StoppedByOthers,
-    /// This server let go of it by [`Running::detach`](crate::Running::detach); the disk waits for the next.
-    Detached,
+    /// This server gave it away by [`Running::hand_over`](crate::Running::hand_over); the disk is the next
+    /// server's.
+    HandedOver,
     /// It was taken down because something failed; [`Device::wait`](crate::Device::wait) says what.
     Failed,
 }

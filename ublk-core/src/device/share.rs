@@ -163,7 +163,7 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] unless the device was granted [`SHMEM_ZC`](Features::SHMEM_ZC) (since Linux 7.3),
+    /// [`ErrorKind::Unsupported`] unless the device was granted [`SHMEM_ZC`](Features::SHMEM_ZC) (since Linux 7.1),
     /// [`ErrorKind::WrongState`] if it is ending, [`ErrorKind::WouldDeadlock`] on one of its own threads; `EEXIST` if a
     /// part of the memory is shared already.
     pub fn share(&self, buffer: &SharedBuffer) -> Result<u16> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::builder::{Builder, Plan};
+use super::halt;
 use super::life::{Life, PATIENCE, Phase, Queue, from_now};
 use super::running::Running;
 use crate::control::node_watch::Watch;
@@ -26,6 +27,8 @@ use crate::worker::queue::{Events, Lane, Queue as WorkerQueue, Start};
 pub struct Added {
     builder: Builder,
     params: DeviceParams,
+    /// It had a disk before.
+    again: bool,
     guard: Delete,
 }
 
@@ -55,10 +58,38 @@ impl Added {
     pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
         let info = control.add_dev(&plan.add(control.features()))?;
         let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
-        // The driver clamps the queues: what is served is what it says.
-        let params = plan.params.to_builder().queues(guard.info.queues).build()?;
+        let params = settled(&plan.params, &guard.info)?;
         guard.info.capacity = Some(params.capacity());
-        Ok(Added { builder, params, guard })
+        Ok(Added { builder, params, again: false, guard })
+    }
+
+    /// A device whose disk was stopped.
+    pub(super) fn again(
+        builder: Builder,
+        params: DeviceParams,
+        control: Control,
+        info: DeviceInfo,
+    ) -> Self {
+        let guard = Delete { control, info, generation: fork::generation(), armed: true };
+        Added { builder, params, again: true, guard }
+    }
+
+    /// Has the device become what another builder describes, backend included. What was settled when it was added
+    /// stays, and what the builder says of it does not count: the number, the queues, their depth, the size of the
+    /// largest request, the features and the fingerprint.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`], the latter also for a feature that is
+    /// required and that the device has not got, or forbidden and that it has. The former description stays.
+    pub fn describe(&mut self, builder: Builder) -> Result<()> {
+        let at = |e: Error| e.on_device(self.guard.info.id);
+        let plan = builder.plan().map_err(at)?;
+        builder.features.check(self.guard.info.features).map_err(at)?;
+        self.params = settled(&plan.params, &self.guard.info).map_err(at)?;
+        self.guard.info.capacity = Some(self.params.capacity());
+        self.builder = builder;
+        Ok(())
     }
 
     /// The device's number.
@@ -91,7 +122,11 @@ impl Added {
         }
         let deadline = from_now(self.builder.start_timeout);
         let control = self.guard.control.clone();
-        control.set_params(id, &self.params)?;
+        if self.again {
+            halt::once_the_old_disk_is_gone(|| control.set_params(id, &self.params))?;
+        } else {
+            control.set_params(id, &self.params)?;
+        }
         let char_device = control.open_char_device(id, &Wait::until(deadline))?;
         let pool = self.builder.service.start(self.builder.threads, &format!("ublk{id}-pool"))?;
         let life = Life::new(
@@ -107,7 +142,7 @@ impl Added {
         match rise.bring_up(&life, deadline) {
             Ok(()) => {
                 self.guard.armed = false;
-                Ok(Running::new(life))
+                Ok(Running::new(life, self.builder))
             }
             Err(error) => {
                 life.undo_start();
@@ -116,6 +151,12 @@ impl Added {
             }
         }
     }
+}
+
+/// Parameters as the driver has settled what a device's ADD says: it clamps the queues.
+fn settled(params: &DeviceParams, info: &DeviceInfo) -> Result<DeviceParams> {
+    let builder = params.to_builder().queues(info.queues).queue_depth(info.queue_depth);
+    builder.max_io_bytes(info.max_io_bytes).build()
 }
 
 /// Which command lets I/O flow once every tag is fetched.
