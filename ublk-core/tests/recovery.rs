@@ -89,6 +89,19 @@ fn has(features: Features) -> bool {
     Control::open().unwrap().features().is_some_and(|f| f.contains(features))
 }
 
+/// A mode of recovery and, behind a `+` each, a data path and `batch`.
+fn way(builder: Builder, name: &str) -> Builder {
+    let mut words = name.split('+');
+    let mut builder = builder.require(mode(words.next().unwrap()));
+    for word in words {
+        builder = match word {
+            "batch" => builder.require(Features::BATCH_IO),
+            path => builder.data_path(path.parse().unwrap()),
+        };
+    }
+    builder
+}
+
 /// Not a test of its own: the servers that the tests below start and kill.
 #[test]
 fn server_process() {
@@ -97,7 +110,7 @@ fn server_process() {
     let control = Control::open().unwrap();
     let _kept = match words[..] {
         ["serve", name, path] => {
-            builder(Path::new(path)).queues(2).require(mode(name)).add(&control).unwrap().start()
+            way(builder(Path::new(path)).queues(2), name).add(&control).unwrap().start()
         }
         ["recover", id, path] => {
             builder(Path::new(path)).start_timeout(SOON).recover(id.parse().unwrap(), &control)
@@ -250,6 +263,25 @@ fn ten_handovers_with_reissue_fail_nothing() {
     assert_eq!(clients.stop(), 0);
     killed(server);
     stop(recover(id, builder(&store.0)).unwrap());
+}
+
+#[test]
+fn kills_lose_nothing_on_any_data_path() {
+    let ways = [
+        ("reissue+user-copy", Features::USER_COPY),
+        ("plain+need-get-data", Features::NEED_GET_DATA),
+        ("plain+zero-copy", Features::SUPPORT_ZERO_COPY),
+        ("reissue+auto-buf-reg", Features::AUTO_BUF_REG),
+        ("reissue+copy+batch", Features::BATCH_IO),
+        ("plain+auto-buf-reg+batch", Features::BATCH_IO),
+        ("fail-io+user-copy+batch", Features::BATCH_IO),
+        ("reissue+zero-copy+batch", Features::BATCH_IO),
+    ];
+    for (name, needed) in ways.into_iter().filter(|(_, needed)| has(*needed)) {
+        let errors = killed_under_load(name, 3);
+        println!("{name}: {errors} requests failed");
+        assert!(!name.starts_with("reissue") || errors == 0, "{name} ({needed}): {errors}");
+    }
 }
 
 #[test]

@@ -609,6 +609,12 @@ impl Core {
         }
     }
 
+    /// Whether the ring may be closed while its thread lives: if it is empty, or the driver is of the kind that lets
+    /// completions wait for the next enter.
+    pub(crate) fn may_go_before_its_thread(&self) -> bool {
+        self.ring.delivers_only_in_enter() || !self.has_queues()
+    }
+
     /// The queues' numbers and whom to tell of them.
     pub(crate) fn listeners(&self) -> Vec<(u16, Arc<dyn Events>)> {
         self.queues.iter().flatten().map(|q| (q.number(), Arc::clone(q.events()))).collect()
