@@ -14,6 +14,7 @@ use std::sync::Arc;
 use crate::request::{Request, RequestFlags};
 use crate::worker::executor::Task;
 use crate::worker::ring::Ring;
+use crate::zones::{Zone, ZoneAction};
 
 /// What a backend can do besides reading.
 ///
@@ -48,13 +49,17 @@ impl Capabilities {
     /// the disk; see [`DataPath`](crate::DataPath).
     pub const FIXED_BUFFERS: Capabilities = Capabilities(1 << 5);
 
-    const NAMES: [(Capabilities, &'static str); 6] = [
+    /// Has zones: a disk of [`Builder::zoned`](crate::Builder::zoned).
+    pub const ZONED: Capabilities = Capabilities(1 << 6);
+
+    const NAMES: [(Capabilities, &'static str); 7] = [
         (Capabilities::WRITE, "WRITE"),
         (Capabilities::FLUSH, "FLUSH"),
         (Capabilities::FUA, "FUA"),
         (Capabilities::DISCARD, "DISCARD"),
         (Capabilities::WRITE_ZEROES, "WRITE_ZEROES"),
         (Capabilities::FIXED_BUFFERS, "FIXED_BUFFERS"),
+        (Capabilities::ZONED, "ZONED"),
     ];
 
     /// Whether all of `other` are among these.
@@ -149,9 +154,51 @@ pub trait Backend: Send + Sync + 'static {
         let _ = (offset, len, flags);
         Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
+
+    /// Describes zones of a zoned disk: `count` of them, beginning with the one that holds byte `offset`. Also called
+    /// while the disk starts. After a shorter answer the rest is asked for again; an empty one means `EIO`.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the client should see.
+    fn report_zones(&self, offset: u64, count: u32) -> io::Result<Vec<Zone>> {
+        let _ = (offset, count);
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
+    /// Writes all of `data` at the write pointer of the zone that starts at byte `zone`, and returns the byte of the
+    /// disk where that was.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the client should see.
+    fn append(&self, data: &[u8], zone: u64, flags: RequestFlags) -> io::Result<u64> {
+        let _ = (data, zone, flags);
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
+
+    /// Opens, closes, finishes or resets the zone that starts at byte `zone`, or resets all.
+    ///
+    /// # Errors
+    ///
+    /// Whatever the client should see: `ETOOMANYREFS` for one open zone too many, `EOVERFLOW` for one active zone too
+    /// many, `EIO` for what the zone's state does not allow.
+    fn zone_action(&self, action: ZoneAction, zone: u64) -> io::Result<()> {
+        let _ = (action, zone);
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
+    }
 }
 
 impl<B: Backend + ?Sized> Backend for Arc<B> {
+    fn report_zones(&self, offset: u64, count: u32) -> io::Result<Vec<Zone>> {
+        (**self).report_zones(offset, count)
+    }
+    fn append(&self, data: &[u8], zone: u64, flags: RequestFlags) -> io::Result<u64> {
+        (**self).append(data, zone, flags)
+    }
+    fn zone_action(&self, action: ZoneAction, zone: u64) -> io::Result<()> {
+        (**self).zone_action(action, zone)
+    }
     fn capabilities(&self) -> Capabilities {
         (**self).capabilities()
     }
@@ -217,6 +264,35 @@ pub trait AsyncBackend: Send + Sync + 'static {
         ring: &Ring,
     ) -> impl Future<Output = io::Result<()>> {
         let _ = (request, ring);
+        std::future::ready(Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
+    }
+
+    /// Describes zones: see [`Backend::report_zones`].
+    fn report_zones(
+        &self,
+        offset: u64,
+        count: u32,
+        ring: &Ring,
+    ) -> impl Future<Output = io::Result<Vec<Zone>>> {
+        let _ = (offset, count, ring);
+        std::future::ready(Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
+    }
+
+    /// Stores the whole request at the write pointer of the zone that starts at its offset, and says at which byte of
+    /// the disk that was. Otherwise as [`write`](Self::write).
+    fn append(&self, request: &mut Request, ring: &Ring) -> impl Future<Output = io::Result<u64>> {
+        let _ = (request, ring);
+        std::future::ready(Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
+    }
+
+    /// Opens, closes, finishes or resets zones: see [`Backend::zone_action`].
+    fn zone_action(
+        &self,
+        action: ZoneAction,
+        zone: u64,
+        ring: &Ring,
+    ) -> impl Future<Output = io::Result<()>> {
+        let _ = (action, zone, ring);
         std::future::ready(Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)))
     }
 }

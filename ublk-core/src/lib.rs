@@ -44,6 +44,7 @@ pub mod targets;
 pub mod uapi;
 mod uring;
 mod worker;
+mod zones;
 
 pub use backend::{AsyncBackend, Backend, Capabilities, QueueContext, QueueHandler};
 pub use device::{
@@ -57,6 +58,7 @@ pub use worker::meter::Latency;
 pub use worker::path::DataPath;
 pub use worker::pool::Workers;
 pub use worker::ring::{IoBuf, IoBufMut, Ring, RingFile};
+pub use zones::{Zone, ZoneAction, ZoneKind, ZoneState};
 
 /// The README's programs compile.
 #[cfg(doctest)]

@@ -6,10 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::error::Errno;
-use crate::uapi;
+use crate::uapi::{self, bytes::bytes_of};
 use crate::worker::path::DataPath;
 use crate::worker::shared::Part;
 use crate::worker::slot::{Outcome, Slot};
+use crate::zones::{Zone, ZoneAction};
 
 /// What the client wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,6 +26,21 @@ pub enum Op {
     Discard,
     /// Make the range read as zeroes.
     WriteZeroes,
+    /// Write the request's data at the write pointer of the zone that starts at the offset, and say where that was:
+    /// [`Request::complete_append`].
+    ZoneAppend,
+    /// Describe [zones](Request::zones): [`Request::complete_report`].
+    ReportZones,
+    /// Open the zone that starts at the offset.
+    ZoneOpen,
+    /// Close the zone that starts at the offset.
+    ZoneClose,
+    /// Make the zone that starts at the offset full.
+    ZoneFinish,
+    /// Make the zone that starts at the offset empty.
+    ZoneReset,
+    /// Make every sequential zone empty. Has no range.
+    ZoneResetAll,
 }
 
 impl Op {
@@ -35,13 +51,42 @@ impl Op {
             uapi::UBLK_IO_OP_FLUSH => Op::Flush,
             uapi::UBLK_IO_OP_DISCARD => Op::Discard,
             uapi::UBLK_IO_OP_WRITE_ZEROES => Op::WriteZeroes,
+            uapi::UBLK_IO_OP_ZONE_APPEND => Op::ZoneAppend,
+            uapi::UBLK_IO_OP_REPORT_ZONES => Op::ReportZones,
+            uapi::UBLK_IO_OP_ZONE_OPEN => Op::ZoneOpen,
+            uapi::UBLK_IO_OP_ZONE_CLOSE => Op::ZoneClose,
+            uapi::UBLK_IO_OP_ZONE_FINISH => Op::ZoneFinish,
+            uapi::UBLK_IO_OP_ZONE_RESET => Op::ZoneReset,
+            uapi::UBLK_IO_OP_ZONE_RESET_ALL => Op::ZoneResetAll,
             _ => return None,
         })
     }
 
     /// Whether the request's buffer carries data.
     pub(crate) fn has_data(self) -> bool {
-        matches!(self, Op::Read | Op::Write)
+        matches!(self, Op::Read | Op::Write | Op::ZoneAppend)
+    }
+
+    /// Whether the client gave data along.
+    pub(crate) fn brings_data(self) -> bool {
+        matches!(self, Op::Write | Op::ZoneAppend)
+    }
+
+    /// Whether success alone is no answer.
+    fn wants_more(self) -> bool {
+        matches!(self, Op::ZoneAppend | Op::ReportZones)
+    }
+
+    /// What is to be done with a zone, of the operations that say just that.
+    pub fn zone_action(self) -> Option<ZoneAction> {
+        Some(match self {
+            Op::ZoneOpen => ZoneAction::Open,
+            Op::ZoneClose => ZoneAction::Close,
+            Op::ZoneFinish => ZoneAction::Finish,
+            Op::ZoneReset => ZoneAction::Reset,
+            Op::ZoneResetAll => ZoneAction::ResetAll,
+            _ => return None,
+        })
     }
 }
 
@@ -168,6 +213,8 @@ pub struct Request {
     flags: RequestFlags,
     offset: u64,
     len: u64,
+    /// How many are to be reported.
+    zones: u32,
     /// What the client has of a read's data, or will by what is in the buffer.
     filled: RefCell<Filled>,
     /// The buffer takes part: it has the data of a write, or what will be a read's. Always, if the driver copies.
@@ -176,6 +223,8 @@ pub struct Request {
     shared: Option<Part>,
     /// Why the data of the request could not be moved: it fails, whatever its holder says.
     broken: Cell<Option<Errno>>,
+    /// What the operation wants besides success was said.
+    told: bool,
 }
 
 /// What is written to where a read's holder left a gap, if its data does not go by the buffer.
@@ -189,7 +238,8 @@ impl Request {
         desc: &uapi::ublksrv_io_desc,
         shared: Option<Part>,
     ) -> Self {
-        let len = u64::from(desc.nr_sectors) << 9;
+        // Of a report it is a number of zones.
+        let len = if op == Op::ReportZones { 0 } else { u64::from(desc.nr_sectors) << 9 };
         let request = Request {
             op,
             flags: RequestFlags::from_uapi(desc.op_flags),
@@ -199,11 +249,13 @@ impl Request {
             buffered: Cell::new(slot.reach().is_none() && shared.is_none()),
             shared,
             broken: Cell::new(None),
+            told: false,
+            zones: if op == Op::ReportZones { desc.nr_sectors } else { 0 },
             slot: Some(slot),
         };
         // The worker refuses such a request before it gets here; all accesses below rest on this.
         assert!(!op.has_data() || len <= u64::from(request.slot().buffer().len()));
-        if op == Op::Write && request.buffered.get() {
+        if op.brings_data() && request.buffered.get() {
             // The kernel has copied the data there.
             request.slot().soil(len as u32);
         }
@@ -232,10 +284,16 @@ impl Request {
         self.offset
     }
 
-    /// The length of the range, in bytes. 0 for a flush.
+    /// The length of the range, in bytes. 0 for a flush and a report of zones.
     #[allow(clippy::len_without_is_empty)] // a length of a range on the disk; only a flush has none
     pub fn len(&self) -> u64 {
         self.len
+    }
+
+    /// How many zones are to be reported at most, beginning with the one that holds the offset; 0 for all other
+    /// operations.
+    pub fn zones(&self) -> u32 {
+        self.zones
     }
 
     /// The device's id.
@@ -262,7 +320,7 @@ impl Request {
         self.slot().reach().map_or(DataPath::Copy, |reach| reach.portal().path())
     }
 
-    /// The data to store, of a write; empty otherwise.
+    /// The data to store, of a write or an append; empty otherwise.
     ///
     /// With a data path on which the driver does not copy, the first call fetches the data (`pread(2)` on the
     /// device's file). Should that fail, which means that the device is ending, there are zeroes and the request
@@ -272,7 +330,7 @@ impl Request {
     ///
     /// On such a path, if a ring operation that was started on this request is still in flight at the first call.
     pub fn data(&self) -> &[u8] {
-        let len = self.data_len(Op::Write);
+        let len = if self.op.brings_data() { self.len as usize } else { 0 };
         if len > 0 && !self.buffered.get() {
             self.assert_quiet();
             self.fetch(len);
@@ -502,6 +560,37 @@ impl Request {
         self.end(result.map_err(Into::into), false, true).map(|slot| KeptBuffer { slot, len })
     }
 
+    /// Answers an append: all of it was written at byte `offset` of the disk, a multiple of the logical block size.
+    ///
+    /// # Errors
+    ///
+    /// [`Gone`], as [`complete`](Self::complete).
+    pub fn complete_append(mut self, offset: u64) -> Result<(), Gone> {
+        let sensible = self.op == Op::ZoneAppend && offset >= self.offset && offset & 0x1ff == 0;
+        if sensible {
+            self.slot().set_append_sector(offset >> 9);
+            self.told = true;
+        }
+        self.end(if sensible { Ok(()) } else { Err(Errno::EIO) }, false, false).map(drop)
+    }
+
+    /// Answers a report of zones, of which the first is the one that holds the request's offset and each other
+    /// follows its predecessor. Not more than [`zones`](Self::zones) are used; for the rest, if there were fewer, the
+    /// kernel asks again. None at all is `EIO`, because it would ask for ever.
+    ///
+    /// # Errors
+    ///
+    /// [`Gone`], as [`complete`](Self::complete).
+    pub fn complete_report(mut self, zones: &[Zone]) -> Result<(), Gone> {
+        let wire: Vec<_> = zones.iter().take(self.zones as usize).map(|z| z.to_uapi()).collect();
+        if !wire.is_empty() && wire.iter().all(|zone| zone.len > 0) {
+            let bytes: Vec<u8> = wire.iter().flat_map(bytes_of).copied().collect();
+            self.push(0, &bytes);
+            self.told = true;
+        }
+        self.end(Ok(()), false, false).map(drop)
+    }
+
     fn end(
         mut self,
         result: Result<(), Errno>,
@@ -517,6 +606,15 @@ impl Request {
                 result = Err(Errno::EIO);
             }
         }
+        if result.is_ok() && self.op.wants_more() && !self.told {
+            tracing::error!(
+                device = self.device(),
+                op = ?self.op,
+                "a zone operation was completed without its answer (complete_append, complete_report): the client \
+                 gets EIO"
+            );
+            result = Err(Errno::EIO);
+        }
         if let (Ok(()), Some(errno)) = (&result, self.broken.get()) {
             let place = self.slot().place();
             tracing::warn!(
@@ -531,6 +629,8 @@ impl Request {
         let outcome = Outcome {
             result: match result {
                 Ok(()) if self.op.has_data() => Ok(self.len as u32),
+                // Drivers before 6.16 ask again for what this is short of their buffer, which is not larger.
+                Ok(()) if self.op == Op::ReportZones => Ok(self.slot().buffer().len()),
                 Ok(()) => Ok(0),
                 Err(Errno::EOPNOTSUPP) if self.op == Op::Flush => Err(Errno::EIO),
                 Err(errno) => Err(errno),

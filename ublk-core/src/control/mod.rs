@@ -41,7 +41,8 @@ pub use features::{FeatureRequest, Features};
 pub use holders::Holder;
 pub use info::{AddDevice, DeviceInfo, DeviceState};
 pub use params::{
-    DEFAULT_MAX_IO_BYTES, DeviceParams, Discard, MAX_IO_BYTES, ParamsBuilder, SECTOR, SegmentLimits,
+    DEFAULT_MAX_IO_BYTES, DeviceParams, Discard, MAX_IO_BYTES, ParamsBuilder, SECTOR,
+    SegmentLimits, Zoned,
 };
 pub use pool::Outstanding;
 pub use wait::{CancelToken, Wait};

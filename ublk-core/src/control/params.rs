@@ -55,6 +55,21 @@ pub struct SegmentLimits {
     pub max_count: u16,
 }
 
+/// The zones of a zoned disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Zoned {
+    /// Bytes from one zone's start to the next one's: a power of two, a multiple of the logical block size, below
+    /// 2 TiB. The capacity is a multiple of it.
+    pub zone_bytes: u64,
+    /// Most zones that can be open at a time; 0 for no limit.
+    pub max_open: u32,
+    /// Most zones that can be active (open or closed) at a time, not below `max_open`; 0 for no limit.
+    pub max_active: u32,
+    /// Bytes of the largest append: a multiple of the logical block size, not 0. The kernel makes it no larger than
+    /// the largest request and a zone.
+    pub max_append_bytes: u64,
+}
+
 /// A disk's parameters. A value of this type breaks no rule: [`ParamsBuilder::build`] checks them
 /// all.
 ///
@@ -89,6 +104,7 @@ pub(super) struct Fields {
     pub(super) max_write_zeroes_bytes: u64,
     pub(super) dma_alignment: Option<u32>,
     pub(super) segments: Option<SegmentLimits>,
+    pub(super) zoned: Option<Zoned>,
 }
 
 /// Makes [`DeviceParams`]; what is not said has a default.
@@ -152,6 +168,8 @@ setters! {
     /// Limits of memory segments. Asked for explicitly, they are a requirement: drivers before
     /// Linux 6.15 do not know them.
     segments: SegmentLimits => fields.segments, Some;
+    /// Zones, of a device with [`Features::ZONED`](super::Features::ZONED); default: it has none.
+    zoned: Zoned => fields.zoned, Some;
 }
 
 impl ParamsBuilder {
@@ -202,6 +220,7 @@ impl DeviceParams {
                 max_write_zeroes_bytes: 0,
                 dma_alignment: None,
                 segments: None,
+                zoned: None,
             },
             physical_block_size: None,
             io_min: None,
@@ -263,6 +282,8 @@ getters! {
     dma_alignment: Option<u32>;
     /// Limits of memory segments, where they were said.
     segments: Option<SegmentLimits>;
+    /// Zones, of a zoned disk.
+    zoned: Option<Zoned>;
 }
 
 /// The rule that is broken, with the value that breaks it.
@@ -286,6 +307,7 @@ impl Fields {
             "FUA needs a volatile cache: without one every write is durable".into()
         })?;
         self.check_discard()?;
+        self.zoned.map_or(Ok(()), |zoned| self.check_zones(zoned))?;
         if let Some(alignment) = self.dma_alignment {
             // The block layer reads an alignment of 1 as "not said" and takes 512.
             power_of_two("DMA alignment", alignment, 2, page)?;
@@ -347,6 +369,31 @@ impl Fields {
         rule(max_segments == 1, || {
             format!("the driver takes discards of 1 segment, not {max_segments}")
         })
+    }
+
+    fn check_zones(&self, zoned: Zoned) -> Checked {
+        let Zoned { zone_bytes, max_open, max_active, max_append_bytes } = zoned;
+        rule(zone_bytes.is_power_of_two(), || {
+            format!("the zone size is a power of two, not {zone_bytes} bytes")
+        })?;
+        self.sectors_of_u32("zone size", zone_bytes)?;
+        rule(self.capacity > 0 && self.capacity.is_multiple_of(zone_bytes), || {
+            format!(
+                "the capacity is a multiple of the zone size ({zone_bytes}), not {} bytes",
+                self.capacity
+            )
+        })?;
+        let zones = self.capacity / zone_bytes;
+        for (name, most) in [("open", max_open), ("active", max_active)] {
+            rule(u64::from(most) <= zones, || {
+                format!("of {zones} zones not {most} can be {name} at a time: 0 sets no limit")
+            })?;
+        }
+        rule(max_active == 0 || max_open <= max_active, || {
+            format!("an open zone is active: not {max_open} of {max_active} active zones are open")
+        })?;
+        rule(max_append_bytes > 0, || "the largest append is not 0".into())?;
+        self.sectors_of_u32("largest append", max_append_bytes)
     }
 
     fn whole_blocks(&self, name: &str, bytes: u64) -> Checked {

@@ -1,7 +1,7 @@
 //! [`DeviceParams`] as the kernel's struct and back, and the comparison of what was asked with what
 //! was taken.
 
-use super::params::{DeviceParams, Discard, SECTOR, SegmentLimits};
+use super::params::{DeviceParams, Discard, SECTOR, SegmentLimits, Zoned};
 use crate::error::{Error, ErrorKind, Result};
 use crate::uapi::*;
 
@@ -49,6 +49,16 @@ impl DeviceParams {
                 max_discard_segments: p.discard.map_or(0, |d| d.max_segments),
                 max_write_zeroes_sectors: sectors(p.max_write_zeroes_bytes),
                 reserved0: 0,
+            };
+        }
+        if let Some(zoned) = p.zoned {
+            params.types |= UBLK_PARAM_TYPE_ZONED;
+            params.basic.chunk_sectors = sectors(zoned.zone_bytes);
+            params.zoned = ublk_param_zoned {
+                max_open_zones: zoned.max_open,
+                max_active_zones: zoned.max_active,
+                max_zone_append_sectors: sectors(zoned.max_append_bytes),
+                ..Default::default()
             };
         }
         if let Some(alignment) = p.dma_alignment {
@@ -109,6 +119,14 @@ impl DeviceParams {
                     max_segments: d.max_discard_segments,
                 });
             }
+        }
+        if has(UBLK_PARAM_TYPE_ZONED) {
+            builder = builder.zoned(Zoned {
+                zone_bytes: u64::from(basic.chunk_sectors) * SECTOR,
+                max_open: params.zoned.max_open_zones,
+                max_active: params.zoned.max_active_zones,
+                max_append_bytes: u64::from(params.zoned.max_zone_append_sectors) * SECTOR,
+            });
         }
         if has(UBLK_PARAM_TYPE_DMA_ALIGN) {
             builder = builder.dma_alignment(params.dma.alignment.saturating_add(1));

@@ -8,7 +8,7 @@ use super::start::Added;
 use crate::backend::{AsyncBackend, Backend, Capabilities, QueueHandler};
 use crate::control::{
     AddDevice, Control, DeviceParams, Discard, FeatureRequest, Features, ParamsBuilder,
-    SegmentLimits,
+    SegmentLimits, Zoned,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::Backing;
@@ -111,6 +111,7 @@ pub struct Builder {
     pub(super) capabilities: Capabilities,
     pub(super) read_only: bool,
     discard: Option<Discard>,
+    pub(super) zoned: Option<Zoned>,
     max_write_zeroes: Option<u64>,
     pub(super) features: FeatureRequest,
     id: Option<u32>,
@@ -225,6 +226,7 @@ impl Builder {
             capabilities,
             read_only: false,
             discard: None,
+            zoned: None,
             max_write_zeroes: None,
             features: FeatureRequest::default(),
             id: None,
@@ -270,6 +272,13 @@ impl Builder {
     /// How discards are limited, for a backend that takes them. Default: granules of one logical block.
     pub fn discard(mut self, discard: Discard) -> Self {
         self.discard = Some(discard);
+        self
+    }
+
+    /// The zones, of a backend with [`Capabilities::ZONED`], which needs them. The data path is
+    /// [`DataPath::UserCopy`] then, unless another one is chosen; `Copy` and `NeedGetData` cannot be.
+    pub fn zoned(mut self, zoned: Zoned) -> Self {
+        self.zoned = Some(zoned);
         self
     }
 
@@ -368,13 +377,17 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::ZONED | Features::INTEGRITY | Features::UNPRIVILEGED_DEV
+        Features::INTEGRITY | Features::UNPRIVILEGED_DEV
     }
 
     /// The features that are asked for on any driver.
     pub(super) fn request(&self) -> FeatureRequest {
         let mut features = self.features;
         features.require |= self.data_path.features();
+        if self.zoned.is_some() {
+            // An append's answer travels where the address of a tag's buffer would.
+            features.require |= Features::ZONED | Features::USER_COPY;
+        }
         if self.descriptor_bytes != DESCRIPTOR {
             features.require |= Features::IO_DESC_SIZE;
         }
@@ -408,6 +421,29 @@ impl Builder {
         if !asked.is_empty() {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because(format!("this version of the library cannot serve {asked}")));
+        }
+        if (self.features.require | self.features.prefer).contains(Features::ZONED) {
+            return invalid("ZONED is asked for by Builder::zoned".into());
+        }
+        match (self.zoned, caps.contains(Capabilities::ZONED)) {
+            (Some(_), false) => {
+                return invalid("zones are for a backend with the capability ZONED".into());
+            }
+            (None, true) => {
+                return invalid(
+                    "a backend with ZONED needs to know its zones: Builder::zoned".into(),
+                );
+            }
+            (Some(_), true) if self.read_only || !caps.contains(Capabilities::WRITE) => {
+                return invalid("a zoned disk is for a backend that writes, not read-only".into());
+            }
+            (Some(_), true) if matches!(self.data_path, DataPath::Copy | DataPath::NeedGetData) => {
+                return invalid(format!(
+                    "a zoned disk's data cannot move by {}: use user-copy, zero-copy or auto-buf-reg",
+                    self.data_path
+                ));
+            }
+            _ => {}
         }
         let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
         if !by_path.is_empty() {
@@ -463,6 +499,9 @@ impl Builder {
             .read_only(!write)
             .volatile_cache(write && caps.contains(Capabilities::FLUSH))
             .fua(write && caps.contains(Capabilities::FUA));
+        if let Some(zoned) = self.zoned {
+            params = params.zoned(zoned);
+        }
         // Checked once to know the block size that the defaults below rest on.
         let block = params.build()?.logical_block_size();
         if write && caps.contains(Capabilities::DISCARD) {

@@ -120,6 +120,13 @@ impl Builder {
         if !params.read_only() && !write {
             return lacks("can be written");
         }
+        if params.zoned() != self.zoned {
+            return other(format!(
+                "the disk's zones are {:?}, not {:?}",
+                params.zoned(),
+                self.zoned
+            ));
+        }
         if params.fua() && !can(Capabilities::FUA) {
             return lacks("takes FUA writes");
         }

@@ -19,7 +19,7 @@ impl Device {
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] from drivers without [`UPDATE_SIZE`](Features::UPDATE_SIZE) (before Linux
-    /// 6.16), [`ErrorKind::InvalidParameter`] for a size that no disk has, [`ErrorKind::WrongState`] if the
+    /// 6.16) and for zoned disks, [`ErrorKind::InvalidParameter`] for a size that no disk has, [`ErrorKind::WrongState`] if the
     /// device is ending; [`ErrorKind::WouldDeadlock`] on one of its own threads.
     pub fn resize(&self, bytes: u64) -> Result<()> {
         self.life().resize(bytes)
@@ -46,6 +46,10 @@ impl Life {
         }
         // Held across the command, so that of two resizes the later one is what is remembered.
         let mut params = self.params.lock().unwrap_or_else(PoisonError::into_inner);
+        if params.zoned().is_some() {
+            return Err(fail(ErrorKind::Unsupported)
+                .because("the kernel does not look for other zones on a disk that is in use"));
+        }
         let resized =
             params.to_builder().capacity(bytes).build().map_err(|e| e.on_device(self.info.id))?;
         if self.lock().phase != Phase::Live {

@@ -279,6 +279,7 @@ impl Rise<'_> {
                 path: DataPath::of(info.features),
                 batched: info.features.contains(Features::BATCH_IO),
                 shared: Arc::clone(&life.shared),
+                zoned: info.features.contains(Features::ZONED),
                 meter: Arc::new(Meter::new(info.queue_depth)),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })

@@ -12,7 +12,7 @@ use crate::worker::meter::{Latency, Meter};
 pub struct OpStats {
     /// Requests that ended, well or not.
     pub completed: u64,
-    /// Bytes of those that ended well: data read or written; 0 for the other operations.
+    /// Bytes of those that ended well: data read, written or appended; 0 for the other operations.
     pub bytes: u64,
     /// Requests that ended with an error.
     pub errors: u64,
@@ -46,6 +46,12 @@ pub struct QueueStats {
     pub discard: OpStats,
     /// Writes of zeroes.
     pub write_zeroes: OpStats,
+    /// Appends to zones.
+    pub zone_append: OpStats,
+    /// Reports of zones.
+    pub zone_report: OpStats,
+    /// Zones that were opened, closed, finished or reset.
+    pub zone_action: OpStats,
     /// Requests that are with the backend now.
     pub in_flight: u32,
     /// How long the oldest of them has been there.
@@ -99,6 +105,9 @@ impl QueueStats {
             flush: op(Op::Flush),
             discard: op(Op::Discard),
             write_zeroes: op(Op::WriteZeroes),
+            zone_append: op(Op::ZoneAppend),
+            zone_report: op(Op::ReportZones),
+            zone_action: op(Op::ZoneOpen),
             in_flight,
             oldest,
             dropped: meter.dropped.get(),
@@ -116,6 +125,9 @@ impl QueueStats {
         self.flush.merge(&other.flush);
         self.discard.merge(&other.discard);
         self.write_zeroes.merge(&other.write_zeroes);
+        self.zone_append.merge(&other.zone_append);
+        self.zone_report.merge(&other.zone_report);
+        self.zone_action.merge(&other.zone_action);
         self.in_flight += other.in_flight;
         self.oldest = self.oldest.max(other.oldest);
         self.dropped += other.dropped;
@@ -128,10 +140,9 @@ impl QueueStats {
 
     /// Requests that ended, of every kind.
     pub fn completed(&self) -> u64 {
-        [&self.read, &self.write, &self.flush, &self.discard, &self.write_zeroes]
-            .iter()
-            .map(|op| op.completed)
-            .sum()
+        let data = [&self.read, &self.write, &self.flush, &self.discard, &self.write_zeroes];
+        let zones = [&self.zone_append, &self.zone_report, &self.zone_action];
+        data.iter().chain(&zones).map(|op| op.completed).sum()
     }
 }
 

@@ -135,6 +135,7 @@ impl Mem {
             Op::Discard | Op::WriteZeroes => self.zero(offset, len),
             // Not advertised; and there is nothing volatile.
             Op::Flush => Ok(()),
+            _ => Err(Errno::EOPNOTSUPP.into()),
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! * [`Null`] keeps nothing: for measuring.
 //! * [`Mem`] keeps what was written in memory.
+//! * [`ZonedMem`] is the same with zones.
 //! * [`File`] is a regular file or another block device.
 
 mod file;
@@ -11,8 +12,11 @@ mod mem;
 mod mem_chunks;
 mod mem_slab;
 mod null;
+mod zoned;
+mod zoned_table;
 
 pub use file::File;
 pub use file_open::{FileOptions, SyncPolicy};
 pub use mem::Mem;
 pub use null::Null;
+pub use zoned::{ZonedMem, ZonedOptions};

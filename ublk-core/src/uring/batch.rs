@@ -19,13 +19,19 @@ pub(crate) enum Layout {
     Address,
     /// And the place where the driver registers the next request's pages.
     AutoRegister,
+    /// As `Plain`, and where a zone append went.
+    Zoned,
+    /// As `AutoRegister`, and where a zone append went.
+    AutoRegisterZoned,
 }
 
 impl Layout {
     pub(crate) const fn bytes(self) -> usize {
         match self {
             Layout::Plain | Layout::AutoRegister => size_of::<ublk_elem_header>(),
-            Layout::Address => size_of::<ublk_elem_header>() + size_of::<u64>(),
+            Layout::Address | Layout::Zoned | Layout::AutoRegisterZoned => {
+                size_of::<ublk_elem_header>() + size_of::<u64>()
+            }
         }
     }
 
@@ -34,15 +40,35 @@ impl Layout {
             Layout::Plain => 0,
             Layout::Address => uapi::UBLK_BATCH_F_HAS_BUF_ADDR,
             Layout::AutoRegister => uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK,
+            Layout::Zoned => uapi::UBLK_BATCH_F_HAS_ZONE_LBA,
+            Layout::AutoRegisterZoned => {
+                uapi::UBLK_BATCH_F_AUTO_BUF_REG_FALLBACK | uapi::UBLK_BATCH_F_HAS_ZONE_LBA
+            }
         }
     }
 
-    /// Appends an element. `buffer` is an address or a place in the table of buffers, as the layout wants it.
-    pub(crate) fn put(self, elements: &mut Vec<u8>, tag: u16, result: i32, buffer: u64) {
-        let index = if self == Layout::AutoRegister { buffer as u16 } else { 0 };
+    pub(crate) const fn registers(self) -> bool {
+        matches!(self, Layout::AutoRegister | Layout::AutoRegisterZoned)
+    }
+
+    /// Appends an element. `buffer` is an address or a place in the table of buffers, as the layout wants it;
+    /// `append` the sector that a zone append went to.
+    pub(crate) fn put(
+        self,
+        elements: &mut Vec<u8>,
+        tag: u16,
+        result: i32,
+        buffer: u64,
+        append: u64,
+    ) {
+        let index = if self.registers() { buffer as u16 } else { 0 };
         elements.extend_from_slice(bytes_of(&ublk_elem_header { tag, buf_index: index, result }));
-        if self == Layout::Address {
-            elements.extend_from_slice(&buffer.to_ne_bytes());
+        match self {
+            Layout::Plain | Layout::AutoRegister => {}
+            Layout::Address => elements.extend_from_slice(&buffer.to_ne_bytes()),
+            Layout::Zoned | Layout::AutoRegisterZoned => {
+                elements.extend_from_slice(&append.to_ne_bytes());
+            }
         }
     }
 
@@ -154,19 +180,26 @@ mod tests {
 
     #[test]
     fn elements_are_as_long_as_the_command_says() {
-        for (layout, bytes, flags) in
-            [(Layout::Plain, 8, 0), (Layout::Address, 16, 2), (Layout::AutoRegister, 8, 4)]
-        {
+        for (layout, bytes, flags) in [
+            (Layout::Plain, 8, 0),
+            (Layout::Address, 16, 2),
+            (Layout::AutoRegister, 8, 4),
+            (Layout::Zoned, 16, 1),
+            (Layout::AutoRegisterZoned, 16, 5),
+        ] {
             let mut elements = Vec::new();
-            layout.put(&mut elements, 7, -5, 0xABCD);
-            layout.put(&mut elements, 9, 4096, 0xABCE);
+            layout.put(&mut elements, 7, -5, 0xABCD, 0x1234);
+            layout.put(&mut elements, 9, 4096, 0xABCE, 0);
             assert_eq!(elements.len(), 2 * bytes);
             let first: ublk_elem_header = from_prefix(&elements);
-            let index = if layout == Layout::AutoRegister { 0xABCD } else { 0 };
+            let index = if flags & 4 != 0 { 0xABCD } else { 0 };
             assert_eq!(first, ublk_elem_header { tag: 7, buf_index: index, result: -5 });
             assert_eq!(layout.tag(&elements[bytes..]), 9);
             if layout == Layout::Address {
                 assert_eq!(elements[8..16], 0xABCDu64.to_ne_bytes());
+            }
+            if flags & 1 != 0 {
+                assert_eq!(elements[8..16], 0x1234u64.to_ne_bytes());
             }
             let commands = BatchCommands::new(Target::Fd(types::Fd(4)), 1, layout);
             for (entry, op) in [

@@ -110,8 +110,8 @@ pub(crate) enum TagBuffer {
     Address(u64),
     /// Where a zone append went, in sectors; with a commit only.
     ZoneAppend(u64),
-    /// Where the driver registers the next request's pages.
-    AutoRegister(ublk_auto_buf_reg),
+    /// Where the driver registers the next request's pages; and where a zone append went, or 0.
+    AutoRegister { place: ublk_auto_buf_reg, append: u64 },
 }
 
 /// Entries of the commands of one tag at a time, for one `/dev/ublkcN`.
@@ -187,7 +187,9 @@ impl IoCommands {
         let (addr, sqe_addr) = match buffer {
             TagBuffer::None => (0, None),
             TagBuffer::Address(addr) | TagBuffer::ZoneAppend(addr) => (addr, None),
-            TagBuffer::AutoRegister(reg) => (0, Some(uapi::ublk_auto_buf_reg_to_sqe_addr(&reg))),
+            TagBuffer::AutoRegister { place, append } => {
+                (append, Some(uapi::ublk_auto_buf_reg_to_sqe_addr(&place)))
+            }
         };
         let mut cmd = [0u8; 16];
         cmd.copy_from_slice(bytes_of(&ublksrv_io_cmd { q_id, tag, result, addr }));
@@ -272,7 +274,11 @@ mod tests {
             flags: uapi::UBLK_AUTO_BUF_REG_FALLBACK,
             ..Default::default()
         };
-        let sqe: [u8; 64] = raw(&io.fetch(0, 1, TagBuffer::AutoRegister(reg)));
+        let auto = |append| TagBuffer::AutoRegister { place: reg, append };
+        let sqe: [u8; 64] = raw(&io.commit_and_fetch(0, 1, 512, auto(88)));
+        assert_eq!(sqe[16..24], 0x1_0005u64.to_ne_bytes());
+        assert_eq!(from_prefix::<ublksrv_io_cmd>(&sqe[48..]).addr, 88, "both");
+        let sqe: [u8; 64] = raw(&io.fetch(0, 1, auto(0)));
         assert_eq!(sqe[16..24], 0x1_0005u64.to_ne_bytes());
         assert_eq!(from_prefix::<ublksrv_io_cmd>(&sqe[48..]).addr, 0);
         let sqe: [u8; 64] = raw(&io.commit_and_fetch(0, 1, 512, TagBuffer::ZoneAppend(77)));

@@ -7,6 +7,7 @@ use io_uring::squeue::Entry;
 
 use super::core::Token;
 use super::path::DataPath;
+use super::queue::Start;
 use super::slot::Slot;
 use crate::error::Errno;
 use crate::uring::batch::{BatchCommands, FETCH_BYTES, Layout};
@@ -57,14 +58,14 @@ impl Batch {
     pub(crate) fn new(
         ring: &WorkerRing,
         key: u32,
-        queue: u16,
-        depth: u16,
         target: Target,
-        lanes: u16,
-        path: DataPath,
+        start: &Start,
     ) -> Result<Self, Errno> {
-        let layout = match path {
+        let (depth, lanes) = (start.depth, start.lane.count);
+        let layout = match start.path {
+            DataPath::AutoBufReg if start.zoned => Layout::AutoRegisterZoned,
             DataPath::AutoBufReg => Layout::AutoRegister,
+            _ if start.zoned => Layout::Zoned,
             path if path.is_copied_by_driver() => Layout::Address,
             _ => Layout::Plain,
         };
@@ -76,7 +77,7 @@ impl Batch {
         };
         let group = u16::try_from(key).map_err(|_| Errno::ENOSPC)?;
         let arrays = BufferRing::new(ring, group, arrays, bytes)?;
-        Ok(Self::with(key, BatchCommands::new(target, queue, layout), arrays))
+        Ok(Self::with(key, BatchCommands::new(target, start.queue, layout), arrays))
     }
 
     fn with(key: u32, commands: BatchCommands, arrays: BufferRing) -> Self {
@@ -98,7 +99,7 @@ impl Batch {
     pub(crate) fn offer<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> Entry {
         let layout = self.commands.layout();
         for slot in slots {
-            layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot));
+            layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot), 0);
         }
         let token = Token::Offer { key: self.key }.encode();
         self.commands.prepare(&self.offer).user_data(token)
@@ -112,7 +113,7 @@ impl Batch {
 
     fn buffer(layout: Layout, slot: &Slot) -> u64 {
         match (layout, slot.reach()) {
-            (Layout::AutoRegister, Some(reach)) => reach.index().into(),
+            (layout, Some(reach)) if layout.registers() => reach.index().into(),
             (Layout::Address, _) => slot.buffer().start().as_ptr() as u64,
             _ => 0,
         }
@@ -157,7 +158,8 @@ impl Batch {
     /// Puts a result to those of this turn.
     pub(crate) fn commit(&mut self, slot: &Slot, result: i32) {
         let layout = self.commands.layout();
-        layout.put(&mut self.pending, slot.place().tag, result, Self::buffer(layout, slot));
+        let (tag, buffer) = (slot.place().tag, Self::buffer(layout, slot));
+        layout.put(&mut self.pending, tag, result, buffer, slot.append_sector());
     }
 
     /// Commits this turn's results.

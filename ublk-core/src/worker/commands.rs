@@ -86,14 +86,18 @@ impl PerTag {
         match slot.reach() {
             None => TagBuffer::Address(slot.buffer().start().as_ptr() as u64),
             Some(reach) if self.path == DataPath::AutoBufReg => {
-                TagBuffer::AutoRegister(ublk_auto_buf_reg {
+                let place = ublk_auto_buf_reg {
                     index: reach.index(),
                     // Without it a request that cannot be registered fails, and nobody here hears of it.
                     flags: uapi::UBLK_AUTO_BUF_REG_FALLBACK,
                     ..Default::default()
-                })
+                };
+                TagBuffer::AutoRegister { place, append: slot.append_sector() }
             }
-            Some(_) => TagBuffer::None,
+            Some(_) => match slot.append_sector() {
+                0 => TagBuffer::None,
+                sector => TagBuffer::ZoneAppend(sector),
+            },
         }
     }
 

@@ -239,12 +239,9 @@ impl Core {
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let commands = PerTag::new(queue, target, start.encoding, start.path);
         let batch = match start.batched {
-            true => Some(
-                Batch::new(&self.ring, key, queue, depth, target, start.lane.count, start.path)
-                    .map_err(|errno| {
-                        fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
-                    })?,
-            ),
+            true => Some(Batch::new(&self.ring, key, target, &start).map_err(|errno| {
+                fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
+            })?),
             false => None,
         };
         let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);

@@ -22,7 +22,7 @@ impl Counter {
 }
 
 /// Kinds of operations that are counted apart.
-pub(crate) const KINDS: usize = 5;
+pub(crate) const KINDS: usize = 8;
 
 fn kind(op: Op) -> usize {
     match op {
@@ -31,6 +31,9 @@ fn kind(op: Op) -> usize {
         Op::Flush => 2,
         Op::Discard => 3,
         Op::WriteZeroes => 4,
+        Op::ZoneAppend => 5,
+        Op::ReportZones => 6,
+        Op::ZoneOpen | Op::ZoneClose | Op::ZoneFinish | Op::ZoneReset | Op::ZoneResetAll => 7,
     }
 }
 
@@ -125,7 +128,8 @@ impl Meter {
         let meter = self.op(op);
         meter.completed.add(1);
         match result {
-            Some(bytes) => meter.bytes.add(bytes),
+            Some(bytes) if op.has_data() => meter.bytes.add(bytes),
+            Some(_) => {}
             None => meter.errors.add(1),
         }
         if let Some(then) = Stamp::from_raw(started.load(Ordering::Relaxed)) {

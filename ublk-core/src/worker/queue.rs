@@ -58,6 +58,8 @@ pub(crate) struct Start {
     /// Requests come and go in batches.
     pub(crate) batched: bool,
     pub(crate) shared: Arc<SharedBuffers>,
+    /// Appends say where they went.
+    pub(crate) zoned: bool,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
 }
@@ -282,7 +284,7 @@ impl Queue {
             return end(Errno::EOPNOTSUPP);
         };
         let bytes = u64::from(desc.nr_sectors) << 9;
-        if matches!(op, Op::Read | Op::Write) && bytes > u64::from(slot.buffer().len()) {
+        if op.has_data() && bytes > u64::from(slot.buffer().len()) {
             // The limits that the device was made with rule this out.
             tracing::error!(device = self.start.device, tag, bytes, "a request beyond its buffer");
             return end(Errno::EIO);

@@ -290,7 +290,8 @@ impl Ring {
         range: Range<usize>,
         durable: bool,
     ) -> io::Result<usize> {
-        let (start, len) = part(request, Op::Write, &range)?;
+        let op = if request.op() == Op::ZoneAppend { Op::ZoneAppend } else { Op::Write };
+        let (start, len) = part(request, op, &range)?;
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
         if request.shared().is_none()
             && !request.is_buffered()

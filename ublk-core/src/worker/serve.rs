@@ -12,6 +12,7 @@ use crate::backend::{AsyncBackend, Backend, QueueContext, QueueHandler};
 use crate::error::{Errno, Result};
 use crate::request::{Op, Request};
 use crate::sys::thread;
+use crate::zones::Zone;
 
 /// A blocking backend on the worker itself.
 pub(crate) struct Inline<B>(pub(crate) Arc<B>);
@@ -33,9 +34,35 @@ fn answer<B: Backend>(backend: &B, mut request: Request) {
         Op::Flush => backend.flush(),
         Op::Discard => backend.discard(offset, len),
         Op::WriteZeroes => backend.write_zeroes(offset, len, flags),
+        Op::ZoneAppend => {
+            let written = backend.append(request.data(), offset, flags);
+            return answer_append(request, written);
+        }
+        Op::ReportZones => {
+            let zones = backend.report_zones(offset, request.zones());
+            return answer_report(request, zones);
+        }
+        op => match op.zone_action() {
+            Some(action) => backend.zone_action(action, offset),
+            None => Err(Errno::EOPNOTSUPP.into()),
+        },
     };
     // Gone: the client was answered by a stop in the meantime.
     let _ = request.complete(result);
+}
+
+fn answer_append(request: Request, written: io::Result<u64>) {
+    let _ = match written {
+        Ok(offset) => request.complete_append(offset),
+        Err(e) => request.complete(Err(e)),
+    };
+}
+
+fn answer_report(request: Request, zones: io::Result<Vec<Zone>>) {
+    let _ = match zones {
+        Ok(zones) => request.complete_report(&zones),
+        Err(e) => request.complete(Err(e)),
+    };
 }
 
 fn read_all<B: Backend>(backend: &B, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
@@ -216,6 +243,7 @@ impl<B: AsyncBackend> QueueHandler for Async<B> {
     fn handle(&mut self, mut request: Request, context: &mut QueueContext<'_>) {
         let backend = Arc::clone(&self.0);
         let ring = context.ring().clone();
+        let offset = request.offset();
         context.spawn(async move {
             let result = match request.op() {
                 Op::Read => backend.read(&mut request, &ring).await,
@@ -223,6 +251,18 @@ impl<B: AsyncBackend> QueueHandler for Async<B> {
                 Op::Flush => backend.flush(&ring).await,
                 Op::Discard => backend.discard(&mut request, &ring).await,
                 Op::WriteZeroes => backend.write_zeroes(&mut request, &ring).await,
+                Op::ZoneAppend => {
+                    let written = backend.append(&mut request, &ring).await;
+                    return answer_append(request, written);
+                }
+                Op::ReportZones => {
+                    let zones = backend.report_zones(offset, request.zones(), &ring).await;
+                    return answer_report(request, zones);
+                }
+                op => match op.zone_action() {
+                    Some(action) => backend.zone_action(action, offset, &ring).await,
+                    None => Err(Errno::EOPNOTSUPP.into()),
+                },
             };
             // Gone: the client was answered by a stop in the meantime.
             let _ = request.complete(result);

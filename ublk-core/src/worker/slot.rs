@@ -122,6 +122,8 @@ pub(crate) struct Slot {
     operations: AtomicU32,
     /// The buffer is zero from this byte on: what has to be zeroed for a read ends there.
     dirty: AtomicU32,
+    /// Where the zone append that has the slot went, in sectors; 0 for all other requests.
+    append_sector: AtomicU64,
 }
 
 impl Linked for Slot {
@@ -147,6 +149,7 @@ impl Slot {
             shared: AtomicBool::new(false),
             operations: AtomicU32::new(0),
             dirty: AtomicU32::new(0),
+            append_sector: AtomicU64::new(0),
         })
     }
 
@@ -166,7 +169,21 @@ impl Slot {
     /// second request on the same tag.
     #[must_use]
     pub(crate) fn issue(&self) -> bool {
+        // The slot is the worker's alone before: the request that comes finds it cleared.
+        if self.is_with_kernel() && self.append_sector() != 0 {
+            self.set_append_sector(0);
+        }
         self.state.compare_exchange(KERNEL, OWNED, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
+    /// Where the append that has the slot went: said before it ends.
+    pub(crate) fn set_append_sector(&self, sector: u64) {
+        self.append_sector.store(sector, Ordering::Relaxed);
+    }
+
+    /// What the worker commits for an append.
+    pub(crate) fn append_sector(&self) -> u64 {
+        self.append_sector.load(Ordering::Relaxed)
     }
 
     /// The request ends. False if it was revoked before.

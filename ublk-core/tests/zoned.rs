@@ -1,0 +1,330 @@
+//! Zoned disks: what clients see of the zones, and what reaches the backend of what they do.
+
+mod disk;
+mod zonefs;
+
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::{fs, io};
+
+use disk::{Client, SOON, no_devices};
+use ublk_core::control::{Control, Features, Zoned};
+use ublk_core::targets::ZonedMem;
+use ublk_core::{
+    Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext, Request,
+    RequestFlags, ZoneState,
+};
+
+const MIB: u64 = 1 << 20;
+const ZONE: u64 = 4 * MIB;
+const BLOCK: u64 = 4096;
+
+#[repr(C)]
+struct Range {
+    sector: u64,
+    sectors: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Reported {
+    start: u64,
+    len: u64,
+    wp: u64,
+    kind: u8,
+    state: u8,
+    flags: [u8; 6],
+    capacity: u64,
+    reserved: [u8; 24],
+}
+
+#[repr(C)]
+struct Report {
+    sector: u64,
+    count: u32,
+    flags: u32,
+    zones: [Reported; 64],
+}
+
+const BLKREPORTZONE: u64 = 0xC010_1282;
+const BLKRESETZONE: u64 = 0x4010_1283;
+const BLKGETZONESZ: u64 = 0x8004_1284;
+const BLKGETNRZONES: u64 = 0x8004_1285;
+const BLKOPENZONE: u64 = 0x4010_1286;
+const BLKCLOSEZONE: u64 = 0x4010_1287;
+const BLKFINISHZONE: u64 = 0x4010_1288;
+
+/// The zones from byte `offset` on, as the kernel reports them.
+fn report(client: &Client, offset: u64) -> Vec<Reported> {
+    let mut report =
+        Report { sector: offset >> 9, count: 64, flags: 0, zones: [Reported::default(); 64] };
+    // SAFETY: a report with room for as many zones as it says.
+    let done = unsafe { libc::ioctl(client.0.as_raw_fd(), BLKREPORTZONE as _, &raw mut report) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    report.zones[..report.count as usize].to_vec()
+}
+
+/// Does something with `count` zones; the errno, 0 for success.
+fn act(client: &Client, action: u64, first: u64, count: u64) -> i32 {
+    let range = Range { sector: (first * ZONE) >> 9, sectors: (count * ZONE) >> 9 };
+    // SAFETY: the ioctls read a range.
+    match unsafe { libc::ioctl(client.0.as_raw_fd(), action as _, &raw const range) } {
+        0 => 0,
+        _ => io::Error::last_os_error().raw_os_error().unwrap(),
+    }
+}
+
+fn number(client: &Client, ask: u64) -> u32 {
+    let mut number = 0u32;
+    // SAFETY: the ioctls write a u32.
+    let done = unsafe { libc::ioctl(client.0.as_raw_fd(), ask as _, &raw mut number) };
+    assert_eq!(done, 0, "{}", io::Error::last_os_error());
+    number
+}
+
+fn limit(device: &Device, name: &str) -> String {
+    let block = device.path().file_name().unwrap().to_string_lossy().into_owned();
+    fs::read_to_string(format!("/sys/block/{block}/queue/{name}")).unwrap().trim().to_owned()
+}
+
+fn state(mem: &ZonedMem, zone: usize) -> ZoneState {
+    mem.zones()[zone].state
+}
+
+/// The paths that this kernel has for zoned disks, with and without batches.
+fn ways() -> Vec<(DataPath, Features)> {
+    let offered = Control::open().unwrap().features().unwrap();
+    let paths = [
+        (DataPath::UserCopy, Features::USER_COPY),
+        (DataPath::ZeroCopy, Features::SUPPORT_ZERO_COPY),
+        (DataPath::AutoBufReg, Features::AUTO_BUF_REG),
+    ];
+    let all = paths.into_iter().filter(|(_, feature)| offered.contains(*feature));
+    let all = all.flat_map(|(path, _)| [(path, Features::NONE), (path, Features::BATCH_IO)]);
+    all.filter(|(_, more)| offered.contains(*more)).collect()
+}
+
+#[test]
+fn clients_see_the_zones_that_the_backend_has() {
+    let mem = ZonedMem::options().conventional(2).zone_capacity(3 * MIB).max_open(4).max_active(6);
+    let mem = mem.max_append_bytes(256 << 10).create(16 * ZONE, ZONE).unwrap();
+    // A report of 16 zones is 1,024 bytes: any buffer takes it.
+    let disk = mem.builder().logical_block_size(BLOCK as u32).start().unwrap();
+    assert!(disk.features().contains(Features::ZONED));
+    assert_eq!(disk.data_path(), DataPath::UserCopy);
+    assert_eq!(limit(&disk, "zoned"), "host-managed");
+    assert_eq!(limit(&disk, "max_open_zones"), "4");
+    assert_eq!(limit(&disk, "max_active_zones"), "6");
+    assert_eq!(limit(&disk, "zone_append_max_bytes"), (256 << 10).to_string());
+    assert_eq!(limit(&disk, "nr_zones"), "16");
+    let client = Client::open(disk.path());
+    assert_eq!((number(&client, BLKGETZONESZ), number(&client, BLKGETNRZONES)), (8192, 16));
+    client.write(2 * ZONE, &[5; 3 * BLOCK as usize]).unwrap();
+    let all = report(&client, 0);
+    assert_eq!(all.len(), 16);
+    for (zone, told) in mem.zones().iter().zip(&all) {
+        assert_eq!((told.start << 9, told.len << 9), (zone.start, ZONE));
+        assert_eq!(told.capacity << 9, zone.capacity);
+    }
+    assert_eq!((all[0].kind, all[0].state, all[0].capacity), (1, 0, 8192));
+    assert_eq!((all[2].kind, all[2].state, all[2].capacity), (2, 2, 6144));
+    assert_eq!(all[2].wp, (2 * ZONE + 3 * BLOCK) >> 9);
+    assert_eq!((all[3].state, all[3].wp), (1, (3 * ZONE) >> 9));
+    assert_eq!(report(&client, 13 * ZONE), all[13..], "from the middle");
+    drop(client);
+    let stats = disk.stop(SOON).unwrap().stats.total();
+    assert!(stats.zone_report.completed >= 2, "at the start, and for the clients");
+    assert_eq!((stats.rejected, stats.zone_report.errors), (0, 0));
+    no_devices();
+}
+
+#[test]
+fn zones_that_do_not_fit_one_answer_are_asked_for_in_several() {
+    // 64 zones of a report fill a request of 4 KiB.
+    let mem = ZonedMem::options().create(300 * MIB, MIB).unwrap();
+    let disk = mem.builder().max_io_bytes(4096).start().unwrap();
+    let client = Client::open(disk.path());
+    assert_eq!(number(&client, BLKGETNRZONES), 300);
+    let middle = report(&client, 100 * MIB);
+    assert_eq!((middle.len(), middle[63].start << 9), (64, 163 * MIB));
+    drop(client);
+    assert!(disk.stop(SOON).unwrap().stats.total().zone_report.completed >= 6);
+    no_devices();
+}
+
+#[test]
+fn zones_are_opened_closed_finished_and_reset() {
+    let mem = ZonedMem::options().conventional(1).create(8 * ZONE, ZONE).unwrap();
+    let disk = mem.builder().start().unwrap();
+    let client = Client::open(disk.path());
+    assert_eq!(act(&client, BLKOPENZONE, 1, 2), 0);
+    assert_eq!([1, 2, 3].map(|z| state(&mem, z)), {
+        use ZoneState::{Empty, ExplicitlyOpen};
+        [ExplicitlyOpen, ExplicitlyOpen, Empty]
+    });
+    client.write(ZONE, &[1; BLOCK as usize]).unwrap();
+    assert_eq!(act(&client, BLKCLOSEZONE, 1, 2), 0);
+    assert_eq!((state(&mem, 1), state(&mem, 2)), (ZoneState::Closed, ZoneState::Empty));
+    assert_eq!(act(&client, BLKFINISHZONE, 1, 1), 0);
+    assert_eq!(state(&mem, 1), ZoneState::Full);
+    assert_eq!(client.write_errno(ZONE + BLOCK, &[2; BLOCK as usize]), libc::EIO, "it is full");
+    assert_eq!(client.read(ZONE, BLOCK as usize).unwrap(), [1; BLOCK as usize]);
+    assert_eq!(client.read(ZONE + BLOCK, BLOCK as usize).unwrap(), [0; BLOCK as usize]);
+    assert_eq!(act(&client, BLKRESETZONE, 1, 1), 0);
+    assert_eq!(state(&mem, 1), ZoneState::Empty);
+    assert_eq!(client.read(ZONE, BLOCK as usize).unwrap(), [0; BLOCK as usize]);
+    for zone in [0, 3, 5] {
+        client.write(zone * ZONE, &[3; BLOCK as usize]).unwrap();
+    }
+    assert_eq!(act(&client, BLKRESETZONE, 0, 8), 0, "all");
+    assert!(mem.zones()[1..].iter().all(|zone| zone.state == ZoneState::Empty));
+    assert_eq!(client.read(0, BLOCK as usize).unwrap(), [3; BLOCK as usize], "conventional");
+    drop(client);
+    let stats = disk.stop(SOON).unwrap().stats.total();
+    assert!(stats.zone_action.completed >= 6, "{:?}", stats.zone_action.completed);
+    assert_eq!((stats.zone_action.errors, stats.rejected), (0, 0));
+    no_devices();
+}
+
+#[test]
+fn writes_elsewhere_than_at_the_write_pointer_fail() {
+    let mem = ZonedMem::options().create(4 * ZONE, ZONE).unwrap();
+    let disk = mem.builder().start().unwrap();
+    let client = Client::open(disk.path());
+    let block = [7; BLOCK as usize];
+    assert_eq!(client.write_errno(ZONE + BLOCK, &block), libc::EIO);
+    // After a write that failed, the kernel wants to see the zone's write pointer.
+    report(&client, ZONE);
+    client.write(ZONE, &block).unwrap();
+    assert_eq!(client.write_errno(ZONE, &block), libc::EIO);
+    report(&client, ZONE);
+    client.write(ZONE + BLOCK, &block).unwrap();
+    assert_eq!(mem.zones()[1].write_pointer, ZONE + 2 * BLOCK);
+    drop(client);
+    disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn limits_reach_the_client_by_their_own_errors() {
+    let mem = ZonedMem::options().max_open(2).max_active(3).create(8 * ZONE, ZONE).unwrap();
+    let disk = mem.builder().start().unwrap();
+    let client = Client::open(disk.path());
+    let block = [7; BLOCK as usize];
+    for zone in 0..3 {
+        client.write(zone * ZONE, &block).unwrap();
+    }
+    assert_eq!(state(&mem, 0), ZoneState::Closed, "to make room");
+    assert_eq!(client.write_errno(3 * ZONE, &block), libc::EOVERFLOW, "a fourth active zone");
+    assert_eq!(act(&client, BLKFINISHZONE, 0, 1), 0);
+    assert_eq!(act(&client, BLKOPENZONE, 1, 2), 0);
+    assert_eq!(act(&client, BLKOPENZONE, 3, 1), libc::ETOOMANYREFS, "a third open zone");
+    report(&client, 3 * ZONE);
+    assert_eq!(act(&client, BLKCLOSEZONE, 1, 1), 0);
+    client.write(3 * ZONE, &block).unwrap();
+    drop(client);
+    disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn four_writers_append_on_every_path_and_each_finds_its_data() {
+    for (path, more) in ways() {
+        let mem = ZonedMem::options().conventional(2).max_append_bytes(64 << 10);
+        let mem = mem.create(16 * ZONE, ZONE).unwrap();
+        let builder = mem.builder().logical_block_size(BLOCK as u32).queues(2).queue_depth(8);
+        let disk = builder.data_path(path).require(more).start().unwrap();
+        assert_eq!(disk.data_path(), path);
+        let Some(mount) = zonefs::Mount::new(disk.path()) else {
+            disk.stop(SOON).unwrap();
+            println!("not run: this kernel has no zonefs");
+            return;
+        };
+        std::thread::scope(|scope| {
+            for writer in 0..4u8 {
+                let file = mount.zone(writer.into());
+                scope.spawn(move || {
+                    for round in 0..20u8 {
+                        file.append(&[writer * 20 + round + 1; 32 << 10]).unwrap();
+                    }
+                });
+            }
+        });
+        for writer in 0..4u8 {
+            let data = mount.zone(writer.into()).contents();
+            assert_eq!(data.len(), 20 * (32 << 10), "{path} {more}");
+            for (round, piece) in (0..20u8).zip(data.chunks(32 << 10)) {
+                assert!(piece.iter().all(|b| *b == writer * 20 + round + 1), "{path} {more}");
+            }
+        }
+        drop(mount);
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert_eq!((stats.zone_append.errors, stats.rejected), (0, 0), "{path} {more}");
+        assert!(stats.zone_append.completed >= 80, "{path} {more}: {stats:?}");
+        assert_eq!(stats.zone_append.bytes, 80 * (32 << 10));
+    }
+    no_devices();
+}
+
+/// Says that appends went one block further than they did.
+struct Liar(ZonedMem, AtomicU64);
+
+impl Backend for Liar {
+    fn capabilities(&self) -> Capabilities {
+        self.0.capabilities()
+    }
+    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.0.read(buf, offset)
+    }
+    fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> io::Result<usize> {
+        self.0.write(data, offset, flags)
+    }
+    fn report_zones(&self, offset: u64, count: u32) -> io::Result<Vec<ublk_core::Zone>> {
+        self.0.report_zones(offset, count)
+    }
+    fn append(&self, data: &[u8], zone: u64, flags: RequestFlags) -> io::Result<u64> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        Ok(self.0.append(data, zone, flags)? + BLOCK)
+    }
+}
+
+#[test]
+fn an_append_went_where_the_backend_says() {
+    let mem = ZonedMem::options().conventional(1).create(8 * ZONE, ZONE).unwrap();
+    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+    let backend = std::sync::Arc::new(Liar(mem, AtomicU64::new(0)));
+    let builder = Builder::new(8 * ZONE, std::sync::Arc::clone(&backend)).zoned(zoned);
+    let disk = builder.logical_block_size(BLOCK as u32).start().unwrap();
+    let Some(mount) = zonefs::Mount::new(disk.path()) else {
+        disk.stop(SOON).unwrap();
+        println!("not run: this kernel has no zonefs");
+        return;
+    };
+    // The file system knows where it has to be.
+    let e = mount.zone(0).append(&[1; BLOCK as usize]).unwrap_err();
+    assert_eq!(e.raw_os_error(), Some(libc::EIO));
+    assert_eq!(backend.1.load(Ordering::Relaxed), 1);
+    drop(mount);
+    disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn a_report_without_zones_fails_the_start_and_leaves_nothing() {
+    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+    for empty in [false, true] {
+        let caps = Capabilities::WRITE | Capabilities::ZONED;
+        let builder = Builder::with_handlers(8 * ZONE, caps, move |_| {
+            move |request: Request, _: &mut QueueContext<'_>| {
+                let _ = match request.op() {
+                    // The kernel would ask for ever.
+                    Op::ReportZones if empty => request.complete_report(&[]),
+                    _ => request.complete(Ok::<_, io::Error>(())),
+                };
+            }
+        });
+        let e = builder.zoned(zoned).start().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Io, "{e}");
+        no_devices();
+    }
+}
