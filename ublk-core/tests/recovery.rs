@@ -242,16 +242,11 @@ fn ten_kills_with_reissue_fail_nothing() {
 }
 
 /// From one live process to the next. The former one lives on, so that nothing is owed to its end.
-#[test]
-fn ten_handovers_with_reissue_fail_nothing() {
-    if !has(Features::QUIESCE) {
-        println!("\nnot run: the driver lacks QUIESCE");
-        return;
-    }
+fn handed_over_under_load(name: &str, times: u32) {
     let store = Store::new("handover");
-    let (mut server, id) = serve("reissue", &store);
+    let (mut server, id) = serve(name, &store);
     let clients = Clients::start(&disk_of(id), 8, (SIZE - MIB) / 8);
-    for _ in 0..10 {
+    for _ in 0..times {
         clients.advance(10);
         server.child.stdin.take().unwrap().write_all(b"x").unwrap();
         let mut next = child(&format!("recover {id} {}", store.0.display()));
@@ -260,9 +255,23 @@ fn ten_handovers_with_reissue_fail_nothing() {
         server = next;
     }
     clients.advance(10);
-    assert_eq!(clients.stop(), 0);
+    assert_eq!(clients.stop(), 0, "{name}");
     killed(server);
     stop(recover(id, builder(&store.0)).unwrap());
+}
+
+#[test]
+fn handovers_under_load_fail_nothing() {
+    if !has(Features::QUIESCE) {
+        println!("\nnot run: the driver lacks QUIESCE");
+        return;
+    }
+    handed_over_under_load("reissue", 10);
+    handed_over_under_load("plain+zero-copy", 3);
+    if has(Features::BATCH_IO) {
+        handed_over_under_load("reissue+copy+batch", 3);
+        handed_over_under_load("reissue+auto-buf-reg+batch", 3);
+    }
 }
 
 #[test]
