@@ -28,7 +28,6 @@ help: ## List what can be made
 
 setup: ## Install what is missing (Debian packages, .venv) and say what
 	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 or newer in PATH" >&2; exit 1; }
-	@command -v cargo >/dev/null || { echo "setup: no cargo in PATH; rustup installs it" >&2; exit 1; }
 	@PYTHONPATH=python-tests "$(PYTHON)" -m ublk_rig.provision
 
 build: ## Build everything, optimised

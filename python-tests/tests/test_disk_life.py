@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ublk_rig import testdisk
+from ublk_rig.load import eventually, load, requests_done
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ublk_rig.guest import Guest
-    from ublk_rig.process import Process
-
-
-def eventually(guest: Guest, true: Callable[[], bool], secs: float = 20) -> None:
-    """Something that comes by itself, without an event that could be waited for from outside."""
-    deadline = time.monotonic() + guest.scale.seconds(secs)
-    while not true():
-        assert time.monotonic() < deadline, true
-        time.sleep(0.05)
-
-
-def load(guest: Guest, disk: str) -> Process:
-    """Reads and writes until the disk fails or the program is ended."""
-    return guest.popen(
-        [
-            *("fio", "--name=l", f"--filename={disk}", "--direct=1", "--ioengine=libaio", "--rw=randrw", "--bs=4k"),
-            *("--iodepth=16", "--size=8M", "--time_based", "--runtime=600", "--thread", "--output=/dev/null"),
-        ]
-    )
 
 
 def settled(disks: testdisk.Disks) -> dict[str, Any]:
@@ -61,17 +40,19 @@ def test_two_hundred_devices_one_after_the_other_leave_nothing(guest: Guest) -> 
 
 
 @pytest.mark.vm(smp=4)
-@pytest.mark.parametrize("workers", ["", "workers=2"])
-def test_thirty_two_disks_at_once(guest: Guest, workers: str) -> None:
+@pytest.mark.parametrize(("workers", "count"), [("", 32), ("workers=2", 64), ("workers=2", 512)])
+def test_many_disks_at_once(guest: Guest, workers: str, count: int, pytestconfig: pytest.Config) -> None:
+    if count > 64 and not pytestconfig.getoption("--full"):
+        pytest.skip("a soak: runs with --full (make test-full)")
     with testdisk.serving(guest) as disks:
         # What is made once is there then: a pool's workers for one.
         disks.start("target=mem", *workers.split())
         disks.stop()
         before = settled(disks)
-        disks.start("target=mem", "count=32", "depth=16", "size=1048576", *workers.split())
-        paths = [disk["path"] for disk in disks.ready[-32:]]
-        numbers = [disk["id"] for disk in disks.ready[-32:]]
-        assert len(set(paths)) == 32
+        disks.start("target=mem", f"count={count}", "depth=16", "size=1048576", *workers.split())
+        paths = [disk["path"] for disk in disks.ready[-count:]]
+        numbers = [disk["id"] for disk in disks.ready[-count:]]
+        assert len(set(paths)) == count
         # Each its own contents.
         guest.run(
             "i=0; for d in "
@@ -79,7 +60,8 @@ def test_thirty_two_disks_at_once(guest: Guest, workers: str) -> None:
             + "; do i=$((i+1)); echo disk $i | dd of=$d conv=sync status=none; done;"
             "i=0; for d in "
             + " ".join(paths)
-            + '; do i=$((i+1)); read -r l < $d; [ "$l" = "disk $i" ] || exit 1; done'
+            + '; do i=$((i+1)); read -r l < $d; [ "$l" = "disk $i" ] || exit 1; done',
+            timeout=30 + count,
         )
         for number in numbers:
             assert disks.ask("stop", id=number, within=30)["stopped"]["leftovers"] == []
@@ -200,9 +182,7 @@ def test_a_killed_server_leaves_a_device_that_delete_clears(guest: Guest, when: 
         (device,) = testdisk.devices(guest)
         fio = load(guest, f"/dev/ublkb{device['id']}") if when == "load" else None
         if fio:
-            eventually(
-                guest, lambda: int(guest.run(f"awk '{{print $5}}' /sys/block/ublkb{device['id']}/stat").out) > 100
-            )
+            eventually(guest, lambda: requests_done(guest, device["id"]) > 100)
         server.kill()
         assert server.wait() == -9
     if fio:

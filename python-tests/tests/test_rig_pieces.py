@@ -8,7 +8,7 @@ import pytest
 
 from ublk_rig import accel, initramfs, kernels, layout, manifest
 from ublk_rig.moduledeps import insmod_order
-from ublk_rig.provision import wanted_packages
+from ublk_rig.provision import too_old, wanted_packages
 from ublk_rig.timescale import EMULATION, Timescale
 from ublk_rig.verdict import problems_in
 
@@ -185,3 +185,12 @@ def test_packages_are_listed_with_a_reason() -> None:
     packages = wanted_packages()
     assert "qemu-system-x86" in packages
     assert all(reason for reason in packages.values())
+
+
+def test_a_compiler_that_is_too_old_is_named() -> None:
+    manifest = '[workspace.package]\nedition = "2024"\nrust-version = "1.88"\n'
+    for said in ("cargo 1.88.0 (873a06493 2025-05-10)", "cargo 2.0.0", "cargo 1.105.1"):
+        assert too_old(said, manifest) is None
+    assert too_old("cargo 1.63.0 (Debian)", manifest) == (
+        "Rust 1.63 is too old, 1.88 is needed: rustup update stable"
+    )

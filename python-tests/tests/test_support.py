@@ -47,7 +47,7 @@ def test_outcomes_become_cells() -> None:
 def test_a_test_counts_once_and_what_nobody_claims_is_named() -> None:
     table = support.collect(
         summary(
-            outcome("test_rust_kernel.py::test_rust[7.3-life::a_server_killed_after_add]", "7.3"),
+            outcome("test_rust_kernel.py::test_rust[7.3-killed::a_server_killed_after_add]", "7.3"),
             outcome("test_something.py::test_new", "7.3"),
             outcome("test_rig_vm.py::test_popen", "7.3"),
             outcome("test_host.py::test_no_kernel", None),

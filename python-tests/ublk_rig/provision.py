@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,9 +101,30 @@ def environment() -> None:
     stamp.write_text(digest)
 
 
+def too_old(said: str, manifest: str) -> str | None:
+    """What is wrong with a cargo that says this of itself, by the `rust-version` of the workspace's manifest."""
+    have = re.match(r"cargo (\d+)\.(\d+)", said)
+    want = re.search(r'^rust-version = "(\d+)\.(\d+)', manifest, re.MULTILINE)
+    if have and want and tuple(map(int, have.groups())) < tuple(map(int, want.groups())):
+        return f"Rust {'.'.join(have.groups())} is too old, {'.'.join(want.groups())} is needed: rustup update stable"
+    return None
+
+
+def rust() -> None:
+    """See that the compiler, which comes by rustup and not from Debian, will do."""
+    if not shutil.which("cargo"):
+        raise CannotProvision("no cargo in PATH; rustup installs it")
+    done = subprocess.run(["cargo", "--version"], cwd=layout.TREE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotProvision(f"cargo does not run: {done.stderr.strip()}")
+    if wrong := too_old(done.stdout, (layout.TREE / "Cargo.toml").read_text()):
+        raise CannotProvision(wrong)
+
+
 def main() -> int:
     """Do it all."""
     try:
+        rust()
         install(wanted_packages())
         environment()
     except (CannotProvision, subprocess.CalledProcessError, OSError) as e:

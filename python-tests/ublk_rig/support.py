@@ -49,7 +49,10 @@ CAPABILITIES = (
     ),
     Capability("Bring-up, many devices, nothing left behind", r"life::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
-    Capability("Recovery: a disk outlives its server, and goes to the next", r"recovery::"),
+    Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
+    Capability("Live handover: no failed I/O under fio and ext4", r"handover::"),
+    Capability("A device that is stopped and started again", r"restart::"),
+    Capability("Commands by bare numbers (legacy opcodes)", r"legacy::"),
     Capability("Resizing; no scan for partitions", r"resize::"),
     Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned"),
     Capability("Integrity metadata, made and verified by the kernel", r"integrity::"),
@@ -58,7 +61,7 @@ CAPABILITIES = (
     Capability("Async backends on the worker's ring", r"async_ring::"),
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
-    Capability("Control commands, features, parameters, from any thread", r"control::"),
+    Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
     Capability("What the driver's protocol was once believed to be", r"claims::"),
 )
 # Tests of the rig show nothing about disks.

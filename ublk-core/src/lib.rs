@@ -48,7 +48,8 @@ mod zones;
 
 pub use backend::{AsyncBackend, Backend, Capabilities, QueueContext, QueueHandler};
 pub use device::{
-    Added, Builder, Device, DeviceStats, Ending, OpStats, QueueStats, Running, StopFailed, Stopped,
+    Added, Builder, Device, DeviceStats, Ending, OpStats, QueueStats, Running, SharedBuffer,
+    StopFailed, Stopped,
 };
 pub use error::{Errno, Error, ErrorKind, Result};
 pub use request::{Gone, KeptBuffer, Op, Request, RequestFlags};

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::error::Errno;
 use crate::uapi;
 use crate::worker::path::DataPath;
+use crate::worker::shared::Part;
 use crate::worker::slot::{Outcome, Slot};
 use crate::zones::ZoneAction;
 
@@ -224,6 +225,8 @@ pub struct Request {
     filled: RefCell<Filled>,
     /// The buffer takes part: it has the data of a write, or what will be a read's. Always, if the driver copies.
     buffered: Cell<bool>,
+    /// Where the data is, if that is memory which the client shares with this process.
+    shared: Option<Part>,
     /// Why the data of the request could not be moved: it fails, whatever its holder says.
     broken: Cell<Option<Errno>>,
     /// What the operation wants besides success was said.
@@ -237,7 +240,12 @@ static ZEROES: [u8; 16 << 10] = [0; 16 << 10];
 
 impl Request {
     /// For the worker, which has just issued `slot`: nobody else has a request of it.
-    pub(crate) fn new(slot: Arc<Slot>, op: Op, desc: &uapi::ublksrv_io_desc) -> Self {
+    pub(crate) fn new(
+        slot: Arc<Slot>,
+        op: Op,
+        desc: &uapi::ublksrv_io_desc,
+        shared: Option<Part>,
+    ) -> Self {
         // Of a report it is a number of zones.
         let len = if op == Op::ReportZones { 0 } else { u64::from(desc.nr_sectors) << 9 };
         let request = Request {
@@ -246,7 +254,8 @@ impl Request {
             offset: desc.start_sector << 9,
             len,
             filled: RefCell::new(Filled::default()),
-            buffered: Cell::new(slot.reach().is_none()),
+            buffered: Cell::new(slot.reach().is_none() && shared.is_none()),
+            shared,
             broken: Cell::new(None),
             told: false,
             marked: false,
@@ -341,12 +350,18 @@ impl Request {
     fn fetch(&self, len: usize) {
         let slot = self.slot();
         slot.soil(len as u32);
-        // SAFETY: `len` is within the buffer; it was not buffered before, so there is no slice of it, and no
-        // ring operation is in flight (callers have checked).
-        if let Err(errno) = unsafe { slot.pull(len) } {
+        let to = slot.buffer().start().as_ptr();
+        let fetched = match &self.shared {
+            // SAFETY: `len` is within the buffer; it was not buffered before, so there is no slice of it, and no
+            // ring operation is in flight (callers have checked). It is not shared memory.
+            Some(part) => slot.moving(|| unsafe { part.pull(to, len) }),
+            // SAFETY: as above.
+            None => unsafe { slot.pull(len) },
+        };
+        if let Err(errno) = fetched {
             self.broken.set(Some(errno));
             // SAFETY: as above. What an earlier request left is nobody's business.
-            unsafe { slot.buffer().start().as_ptr().write_bytes(0, len) };
+            unsafe { to.write_bytes(0, len) };
         }
         self.buffered.set(true);
     }
@@ -417,7 +432,11 @@ impl Request {
     }
 
     fn push(&self, at: usize, data: &[u8]) {
-        if let Err(errno) = self.slot().push(at as u64, data) {
+        let pushed = match &self.shared {
+            Some(part) => self.slot().moving(|| part.push(at as u64, data)),
+            None => self.slot().push(at as u64, data),
+        };
+        if let Err(errno) = pushed {
             self.broken.set(Some(errno));
         }
     }
@@ -485,6 +504,22 @@ impl Request {
         self.filled.borrow_mut().add(range);
     }
 
+    /// Where the data is, if that is memory which the client shares with this process.
+    pub(crate) fn shared(&self) -> Option<&Part> {
+        self.shared.as_ref()
+    }
+
+    /// Whether the data is in memory that the client shares with this process
+    /// ([`Device::share`](crate::Device::share)), so that the driver did not copy it.
+    pub fn is_shared(&self) -> bool {
+        self.shared.is_some()
+    }
+
+    /// Whether the client has to be given what is in the buffer, and has nothing of it yet.
+    fn is_staged(&self) -> bool {
+        self.buffered.get() && (self.slot().reach().is_some() || self.shared.is_some())
+    }
+
     /// For ring operations: whether the buffer takes part.
     pub(crate) fn is_buffered(&self) -> bool {
         self.buffered.get()
@@ -538,7 +573,7 @@ impl Request {
         if self.op == Op::Read && result.is_ok() {
             if self.slot().operations() == 0 {
                 self.deliver();
-            } else if !self.is_filled() || self.slot().reach().is_some() {
+            } else if !self.is_filled() || self.is_staged() {
                 // Completed while the kernel may still be writing to the buffer.
                 result = Err(Errno::EIO);
             }
@@ -590,7 +625,7 @@ impl Request {
         {
             self.broken.set(Some(errno));
         }
-        if self.buffered.get() && self.slot().reach().is_some() {
+        if self.is_staged() {
             let start = self.slot().buffer().start().as_ptr();
             // SAFETY: within the buffer, initialised; ours alone as in `data_mut`, and no ring operation is in
             // flight (the caller has checked).

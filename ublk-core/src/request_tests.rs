@@ -24,7 +24,7 @@ fn request_on(slot: &Arc<Slot>, op: Op, op_flags: u32, sectors: u32) -> Request 
         start_sector: 9,
         addr: slot.buffer().start().as_ptr() as u64,
     };
-    Request::new(Arc::clone(slot), op, &desc)
+    Request::new(Arc::clone(slot), op, &desc, None)
 }
 
 fn request(op: Op) -> (Arc<Mailbox>, Arc<Slot>, Request) {

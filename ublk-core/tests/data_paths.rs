@@ -460,3 +460,72 @@ fn descriptors_may_be_larger() {
         }
     }
 }
+
+/// Whether the worker names of this process say that a queue has several.
+fn lanes_of(id: u32) -> usize {
+    disk::threads().iter().filter(|name| name.starts_with(&format!("ublk{id}-q0."))).count()
+}
+
+#[test]
+fn several_workers_share_a_queue() {
+    if !offered().contains(Features::PER_IO_DAEMON) {
+        let e = Null::new().builder(MIB).workers_per_queue(2).start().unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Unsupported);
+        assert!(e.to_string().contains("PER_IO_DAEMON (since Linux 6.16)"), "{e}");
+        no_devices();
+        return;
+    }
+    for way in ways() {
+        if way.batch && matches!(way.path, DataPath::Copy | DataPath::NeedGetData) {
+            let disk = way.tune(Null::new().builder(MIB)).workers_per_queue(2);
+            let e = disk.start().unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::InvalidParameter);
+            assert!(e.to_string().contains("the driver does not copy"), "{e}");
+            continue;
+        }
+        let threads = Arc::new(Mutex::new(std::collections::HashSet::new()));
+        let (seen, store) = (Arc::clone(&threads), Mem::new(4 * MIB));
+        let disk = handled(way, move |mut request: Request, _: &mut QueueContext<'_>| {
+            seen.lock().unwrap().insert(std::thread::current().id());
+            let at = request.offset();
+            let result = match request.op() {
+                Op::Read => store.read_at(request.data_mut(), at),
+                _ => store.write_at(request.data(), at),
+            };
+            // So that others have to take what comes meanwhile.
+            std::thread::sleep(Duration::from_millis(2));
+            request.complete(result).unwrap();
+        });
+        let disk = disk.queue_depth(10).workers_per_queue(3).start().unwrap();
+        assert_eq!(lanes_of(disk.id()), 3, "{way}");
+        exercise(&Client::open(disk.path()), 4 * MIB);
+        std::thread::scope(|scope| {
+            for i in 0..8u64 {
+                let path = disk.path();
+                scope.spawn(move || {
+                    let client = Client::open(path);
+                    for round in 0..16 {
+                        let data = pattern(BLOCK, (i * 16 + round) as usize);
+                        let at = 2 * MIB + (i * 16 + round) * 2 * BLOCK as u64;
+                        client.write(at, &data).unwrap();
+                        assert!(client.read(at, BLOCK).unwrap() == data);
+                    }
+                });
+            }
+        });
+        // In batches they take turns, and two shares of the tags are as many as there are clients.
+        let least = if way.batch { 2 } else { 3 };
+        assert!(threads.lock().unwrap().len() >= least, "{way}: they all serve");
+        let stopped = disk.stop(SOON).unwrap();
+        assert_eq!(stopped.stats.queues.len(), 1);
+        let total = stopped.stats.total();
+        assert!(total.write.completed >= 128 && total.read.completed >= 128, "{total:?}");
+        assert_eq!((total.rejected, total.in_flight), (0, 0), "{way}");
+    }
+    for (workers, words) in [(0, "1 to the queue depth"), (5, "1 to the queue depth")] {
+        let disk = Null::new().builder(MIB).queue_depth(4).workers_per_queue(workers);
+        let e = disk.start().unwrap_err();
+        assert!(e.to_string().contains(words), "{e}");
+    }
+    no_devices();
+}

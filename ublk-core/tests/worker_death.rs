@@ -10,22 +10,10 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use disk::{Client, Ram, SOON, bounded, eventually, no_devices};
-use ublk_core::control::{Control, Features};
+use ublk_core::control::Control;
 use ublk_core::{Builder, Device, Ending, ErrorKind, Running, Workers};
 
 const MIB: u64 = 1 << 20;
-
-/// Drivers before Linux 6.16 can wedge when a ring is closed under a thread that lives on while requests arrive
-/// (docs/gotchas.md): DEL and every later ADD hang, and with them every test after this one. Seen on 6.12, in
-/// one of two runs.
-fn the_driver_survives_this() -> bool {
-    let features = Control::open().unwrap().features();
-    let survives = features.is_some_and(|f| f.contains(Features::PER_IO_DAEMON));
-    if !survives {
-        println!("\nnot run: the driver lacks PER_IO_DAEMON and may wedge");
-    }
-    survives
-}
 
 fn rings() -> Vec<i32> {
     let mut rings: Vec<i32> = fs::read_dir("/proc/self/fd")
@@ -89,9 +77,6 @@ fn one(queues: u16) -> (Running, Vec<i32>, Control) {
 
 #[test]
 fn a_broken_ring_takes_the_device_down() {
-    if !the_driver_survives_this() {
-        return;
-    }
     let (disk, rings, control) = one(1);
     Client::open(disk.path()).read(0, 4096).unwrap();
     assert!(!rings.is_empty());
@@ -109,9 +94,6 @@ fn a_broken_ring_takes_the_device_down() {
 
 #[test]
 fn one_broken_ring_of_two_takes_the_whole_device_down() {
-    if !the_driver_survives_this() {
-        return;
-    }
     let (disk, rings, _control) = one(2);
     if disk.info().queues < 2 {
         println!("needs two CPUs, for two queues");
@@ -138,9 +120,6 @@ fn one_broken_ring_of_two_takes_the_whole_device_down() {
 
 #[test]
 fn a_worker_that_dies_during_a_polite_stop_takes_the_device_down_all_the_same() {
-    if !the_driver_survives_this() {
-        return;
-    }
     let (disk, rings, _control) = one(1);
     let holder = Client::open(disk.path());
     let handle = disk.handle();
@@ -159,9 +138,6 @@ fn a_worker_that_dies_during_a_polite_stop_takes_the_device_down_all_the_same() 
 
 #[test]
 fn a_broken_ring_of_a_pool_takes_all_its_devices_down_and_nothing_hangs() {
-    if !the_driver_survives_this() {
-        return;
-    }
     let control = Control::open().unwrap();
     let (workers, rings) = with_rings(&control, || Workers::new(1).unwrap());
     let disks: Vec<Running> = (0..3)

@@ -7,6 +7,7 @@
 //! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `rules`
 //! {"cmd": "wait", "within": s}                      how it ended, if it has
 //! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
+//! {"cmd": "features"}                               what the driver offers
 //! {"cmd": "process"}                                threads, descriptors, mappings, memory
 //! {"cmd": "exit"}                                   stops all by force and ends; so does the end of stdin
 //! ```
@@ -19,6 +20,7 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use ublk_core::control::{Control, Features};
 
 use crate::disks::{Disk, Disks};
 use crate::options::Options;
@@ -83,6 +85,7 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
         "start" => disks.start(command["options"].as_str().unwrap_or("")),
         "cycle" => cycle(disks, command),
         "process" => Ok(report::process()),
+        "features" => features(),
         "stats" => find(disks, command).map(|disk| stats(disk)),
         "stop" => {
             let stopped = stop(find(disks, command)?, command)?;
@@ -109,6 +112,12 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
         }
         other => Err(report::wrong(format!("no command {other:?}"))),
     }
+}
+
+fn features() -> Result<Value, Value> {
+    let control = Control::open().map_err(|e| report::error(&e))?;
+    let offered = control.features().unwrap_or_default();
+    Ok(json!({"features": offered.iter().filter_map(Features::name).collect::<Vec<_>>()}))
 }
 
 fn seconds(command: &Value) -> Duration {

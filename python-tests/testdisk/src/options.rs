@@ -55,6 +55,7 @@ const KEYS: &[&str] = &[
     "zone_capacity",
     "max_open",
     "max_active",
+    "lanes",
 ];
 
 impl Options {
@@ -124,7 +125,7 @@ impl Options {
 
     /// The builder's own options: `queues`, `depth`, `block`, `max_io`, `threads`, `id`, `read_only`,
     /// `rotational`, `discard=ALIGNMENT:GRANULARITY:MAX`, `require`, `prefer`, `forbid` (names of features),
-    /// `pin=0`, `huge_pages`, `populate`, `start_timeout_ms`, `data` (a data path), `descriptor` (bytes).
+    /// `pin=0`, `huge_pages`, `populate`, `start_timeout_ms`, `data` (a data path), `descriptor` (bytes), `lanes` (workers of a queue).
     pub(crate) fn tune(&self, mut builder: Builder) -> Result<Builder, String> {
         if let Some(queues) = self.number("queues")? {
             builder = builder.queues(queues);
@@ -146,6 +147,9 @@ impl Options {
         }
         if let Some(path) = self.text("data") {
             builder = builder.data_path(path.parse().map_err(|e: ublk_core::Error| e.to_string())?);
+        }
+        if let Some(workers) = self.number("lanes")? {
+            builder = builder.workers_per_queue(workers);
         }
         if let Some(bytes) = self.number("descriptor")? {
             builder = builder.descriptor_bytes(bytes);

@@ -62,6 +62,7 @@ fn queue(stats: &QueueStats) -> Value {
         "revoked": stats.revoked,
         "refused": stats.refused,
         "rejected": stats.rejected,
+        "unregistered": stats.unregistered,
     })
 }
 

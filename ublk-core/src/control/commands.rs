@@ -142,6 +142,7 @@ impl Control {
     /// [`ErrorKind::Unsupported`] naming the feature, [`ErrorKind::InvalidParameter`],
     /// [`ErrorKind::IdTaken`], [`ErrorKind::TooMany`].
     pub fn add_dev(&self, request: &AddDevice) -> Result<DeviceInfo> {
+        request.check()?;
         let asked = request.features.negotiate(self.0.features)?;
         let info = request.to_uapi(asked);
         let call = Call::new(C::AddDev, info.dev_id).payload(bytes_of(&info));

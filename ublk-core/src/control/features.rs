@@ -43,8 +43,8 @@ macro_rules! features {
     };
 }
 
-// The versions are upstream's. SHMEM_ZC and IO_DESC_SIZE are given the first release that we have
-// seen them in.
+// The versions are upstream's: the release that first offered the feature, which of SUPPORT_ZERO_COPY is later than
+// its number. IO_DESC_SIZE is given the first release that we have seen it in.
 features! {
     SUPPORT_ZERO_COPY = UBLK_F_SUPPORT_ZERO_COPY, "6.15", "Requests' pages can be registered with a ring.";
     URING_CMD_COMP_IN_TASK = UBLK_F_URING_CMD_COMP_IN_TASK, "6.0", "Requests arrive through task work; forced on by current drivers.";
@@ -65,7 +65,7 @@ features! {
     INTEGRITY = UBLK_F_INTEGRITY, "7.0", "Requests may carry integrity metadata.";
     SAFE_STOP_DEV = UBLK_F_SAFE_STOP_DEV, "7.0", "The device can be stopped only if unused; forced on by current drivers.";
     NO_AUTO_PART_SCAN = UBLK_F_NO_AUTO_PART_SCAN, "7.0", "The kernel does not look for partitions when the disk appears.";
-    SHMEM_ZC = UBLK_F_SHMEM_ZC, "7.3", "Memory shared with clients is used without a copy.";
+    SHMEM_ZC = UBLK_F_SHMEM_ZC, "7.1", "Memory shared with clients is used without a copy.";
     IO_DESC_SIZE = UBLK_F_IO_DESC_SIZE, "7.3", "Descriptors have a chosen size.";
 }
 
@@ -428,6 +428,57 @@ mod tests {
             assert_eq!(error.kind(), ErrorKind::InvalidParameter);
             assert!(error.cause().unwrap().contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn every_feature_that_linux_6_12_lacks_is_refused_with_the_release_that_brought_it() {
+        let releases = "SUPPORT_ZERO_COPY 6.15, USER_RECOVERY_FAIL_IO 6.13, UPDATE_SIZE 6.16, \
+                        AUTO_BUF_REG 6.16, QUIESCE 6.16, PER_IO_DAEMON 6.16, \
+                        BUF_REG_OFF_DAEMON 6.17, BATCH_IO 7.0, INTEGRITY 7.0, SAFE_STOP_DEV 7.0, \
+                        NO_AUTO_PART_SCAN 7.0, SHMEM_ZC 7.1, IO_DESC_SIZE 7.3";
+        let mut named = Features::NONE;
+        for (name, release) in releases.split(", ").map(|pair| pair.split_once(' ').unwrap()) {
+            let feature: Features = name.parse().unwrap();
+            named |= feature;
+            // What the rules demand besides.
+            let with = match feature {
+                Features::QUIESCE | Features::USER_RECOVERY_FAIL_IO => Features::USER_RECOVERY,
+                Features::INTEGRITY => Features::USER_COPY,
+                _ => Features::NONE,
+            };
+            let request = FeatureRequest::require(feature | with);
+            let error = request.negotiate(Some(LINUX_6_12)).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            let cause = format!("the kernel's driver lacks {name} (since Linux {release})");
+            assert_eq!(error.cause().unwrap(), cause);
+        }
+        assert_eq!(named, LINUX_7_3 - LINUX_6_12);
+    }
+
+    /// Every set of up to three features: we refuse what the driver refuses or does not grant whole, and
+    /// nothing else.
+    #[test]
+    fn what_the_driver_would_refuse_or_drop_is_refused_first() {
+        let all: Vec<_> = LINUX_7_3.iter().collect();
+        let (mut taken, mut refused) = (0, 0);
+        for (a, b, c) in (0..all.len())
+            .flat_map(|a| (a..all.len()).map(move |b| (a, b)))
+            .flat_map(|(a, b)| (b..all.len()).map(move |c| (a, b, c)))
+        {
+            let asked = all[a] | all[b] | all[c];
+            let granted = driver_7_3(asked.bits(), false);
+            let whole = granted.is_some_and(|g| Features(g).contains(asked));
+            let ours = FeatureRequest::require(asked).negotiate(Some(LINUX_7_3));
+            assert_eq!(ours.is_ok(), whole, "{asked}: {ours:?}");
+            if let Err(error) = ours {
+                assert_eq!(error.kind(), ErrorKind::InvalidParameter);
+                assert!(error.cause().unwrap().contains(&asked.to_string()), "{error}");
+                refused += 1;
+            } else {
+                taken += 1;
+            }
+        }
+        assert!(taken > 300 && refused > 300, "{taken} {refused}");
     }
 
     #[test]

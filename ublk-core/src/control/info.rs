@@ -4,7 +4,14 @@ use std::fmt;
 
 use super::features::{FeatureRequest, Features};
 use super::params::DeviceParams;
+use crate::error::{Error, ErrorKind, Result};
 use crate::uapi;
+
+/// The driver's limits (`UBLK_MAX_UBLKS`, `UBLK_MAX_NR_QUEUES` and `UBLK_MAX_QUEUE_DEPTH`,
+/// `UBLK_MAX_IO_DESC_SIZE`).
+const MOST_DEVICES: u32 = 1 << 20;
+const MOST: u16 = 4096;
+const MOST_DESC: u16 = 256;
 
 /// Where a device is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -150,6 +157,41 @@ impl AddDevice {
         self
     }
 
+    /// Refuses what the driver would refuse without saying why, or ignore.
+    pub(super) fn check(&self) -> Result<()> {
+        let invalid = |cause: String| {
+            let error = Error::new(ErrorKind::InvalidParameter, "add the device").because(cause);
+            Err(match self.id {
+                Some(id) => error.on_device(id),
+                None => error,
+            })
+        };
+        if let Some(id) = self.id
+            && id >= MOST_DEVICES
+        {
+            return invalid(format!("a device's number is below {MOST_DEVICES}"));
+        }
+        for (what, n) in [("queues", self.queues), ("tags a queue", self.queue_depth)] {
+            if !(1..=MOST).contains(&n) {
+                return invalid(format!("a device has 1 to {MOST} {what}, not {n}"));
+            }
+        }
+        let (plain, size) = (size_of::<uapi::ublksrv_io_desc>() as u16, self.io_desc_size);
+        let wanted = Features::IO_DESC_SIZE;
+        if size != plain && !(self.features.require | self.features.prefer).contains(wanted) {
+            return invalid(format!(
+                "descriptors of {size} bytes need {wanted} (since Linux {}); without it they have {plain}",
+                wanted.since().unwrap_or_default()
+            ));
+        }
+        if !(plain..=MOST_DESC).contains(&size) || !size.is_multiple_of(8) {
+            return invalid(format!(
+                "a descriptor has {plain} to {MOST_DESC} bytes in steps of 8, not {size}"
+            ));
+        }
+        Ok(())
+    }
+
     pub(crate) fn to_uapi(&self, flags: Features) -> uapi::ublksrv_ctrl_dev_info {
         uapi::ublksrv_ctrl_dev_info {
             nr_hw_queues: self.queues,
@@ -172,6 +214,33 @@ mod tests {
     fn states_are_the_kernels() {
         let states: Vec<_> = (0..5).map(|raw| DeviceState::from_raw(raw).to_string()).collect();
         assert_eq!(states, ["dead", "live", "quiesced", "fail-io", "state 4"]);
+    }
+
+    #[test]
+    fn what_no_driver_takes_is_refused_by_name() {
+        let params = DeviceParams::builder(1 << 20).build().unwrap();
+        let ok = AddDevice::new(&params);
+        assert!(ok.check().is_ok());
+        let sized = |io_desc_size, features| {
+            let features = FeatureRequest::require(features);
+            AddDevice { io_desc_size, features, ..ok.clone() }
+        };
+        let size = Features::IO_DESC_SIZE;
+        assert!(sized(24, size).check().is_ok() && sized(256, size).check().is_ok());
+        for (device, words) in [
+            (ok.clone().id(Some(1 << 20)), "below 1048576"),
+            (AddDevice { queues: 0, ..ok.clone() }, "1 to 4096 queues, not 0"),
+            (AddDevice { queues: 4097, ..ok.clone() }, "not 4097"),
+            (AddDevice { queue_depth: 0, ..ok.clone() }, "1 to 4096 tags a queue, not 0"),
+            (sized(32, Features::NONE), "need IO_DESC_SIZE (since Linux 7.3)"),
+            (sized(16, size), "24 to 256 bytes"),
+            (sized(28, size), "steps of 8, not 28"),
+            (sized(264, size), "not 264"),
+        ] {
+            let error = device.check().unwrap_err();
+            assert_eq!((error.kind(), error.device()), (ErrorKind::InvalidParameter, device.id));
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

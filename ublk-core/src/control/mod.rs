@@ -80,7 +80,8 @@ impl ControlOptions {
         Self::default()
     }
 
-    /// Numbers commands this way and not as the driver asks for.
+    /// Numbers commands this way and not as the driver asks for; also the I/O commands of devices that are
+    /// [added](crate::Builder::add) or [recovered](crate::Builder::recover) by this handle.
     pub fn encoding(mut self, encoding: Encoding) -> Self {
         self.encoding = Some(encoding);
         self

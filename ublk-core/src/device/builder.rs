@@ -120,6 +120,7 @@ pub struct Builder {
     pub(super) force: bool,
     pub(super) threads: usize,
     pub(super) workers: Option<Workers>,
+    pub(super) workers_per_queue: u16,
     pub(super) pin: bool,
     pub(super) backing: Backing,
     pub(super) data_path: DataPath,
@@ -235,6 +236,7 @@ impl Builder {
             force: false,
             threads: 0,
             workers: None,
+            workers_per_queue: 1,
             pin: true,
             backing: Backing::default(),
             data_path: DataPath::Auto,
@@ -302,7 +304,10 @@ impl Builder {
         self
     }
 
-    /// Features to be asked for where the kernel has them.
+    /// Features to be asked for where the kernel has them. [`QUIESCE`](Features::QUIESCE), which
+    /// [`Running::hand_over`] works best with, is preferred by itself with
+    /// [`USER_RECOVERY`](Features::USER_RECOVERY), unless that comes with
+    /// [`USER_RECOVERY_FAIL_IO`](Features::USER_RECOVERY_FAIL_IO).
     pub fn prefer(mut self, features: Features) -> Self {
         self.features.prefer |= features;
         self
@@ -324,6 +329,17 @@ impl Builder {
     /// Serves the queues by the workers of a pool. Default: a worker for each queue.
     pub fn workers(mut self, workers: &Workers) -> Self {
         self.workers = Some(workers.clone());
+        self
+    }
+
+    /// Workers that share each queue, 1 to the queue depth. Default 1.
+    ///
+    /// More than one spread the requests of few queues over more CPUs, which takes a driver with
+    /// [`PER_IO_DAEMON`](Features::PER_IO_DAEMON): each worker serves its share of a queue's tags. With
+    /// [`BATCH_IO`](Features::BATCH_IO) each takes what has come when it is free; that goes with data paths on which
+    /// the driver does not copy.
+    pub fn workers_per_queue(mut self, workers: u16) -> Self {
+        self.workers_per_queue = workers;
         self
     }
 
@@ -370,7 +386,7 @@ impl Builder {
 
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::UNPRIVILEGED_DEV | Features::SHMEM_ZC | Features::QUIESCE
+        Features::UNPRIVILEGED_DEV
     }
 
     /// Whether a device with these features would tell clients wrong places of their appends: Linux 7.3 takes the
@@ -393,6 +409,9 @@ impl Builder {
         }
         if self.descriptor_bytes != DESCRIPTOR {
             features.require |= Features::IO_DESC_SIZE;
+        }
+        if self.workers_per_queue > 1 && !features.require.contains(Features::BATCH_IO) {
+            features.require |= Features::PER_IO_DAEMON;
         }
         features.prefer = features.prefer - Self::unserved();
         features
@@ -482,6 +501,37 @@ impl Builder {
                 self.descriptor_bytes
             ));
         }
+        if self.data_path == DataPath::NeedGetData
+            && self.features.require.contains(Features::SHMEM_ZC)
+        {
+            // `ublk_get_data` overwrites what says where the data is, and it is not copied either.
+            return invalid(
+                "the data path need-get-data excludes SHMEM_ZC: the driver forgets where a write's data lies \
+                 in shared memory when it is told of a buffer"
+                    .into(),
+            );
+        }
+        let lanes = self.workers_per_queue;
+        if lanes == 0 || lanes > self.params.build()?.queue_depth() {
+            return invalid(format!(
+                "{lanes} workers for each queue: there must be 1 to the queue depth, {}",
+                self.params.build()?.queue_depth()
+            ));
+        }
+        if lanes > 1 && self.features.require.contains(Features::BATCH_IO) {
+            if self.workers.is_some() {
+                return invalid(
+                    "a pool's workers cannot share a queue that works in batches".into(),
+                );
+            }
+            if self.data_path.is_copied_by_driver() {
+                return invalid(
+                    "several workers of a queue that works in batches need a data path on which the driver \
+                     does not copy: it copies before it is known which of them takes the request"
+                        .into(),
+                );
+            }
+        }
         // The driver's queue of arrived tags is a `kfifo`, which has two places at least.
         let too_shallow = self.params.build()?.queue_depth() < 2;
         if too_shallow && self.features.require.contains(Features::BATCH_IO) {
@@ -515,8 +565,19 @@ impl Builder {
         }
         let params = params.build()?;
         let mut features = self.request();
-        if too_shallow || self.misplaces_appends(features.require | Features::BATCH_IO) {
+        if too_shallow || lanes > 1 || self.misplaces_appends(features.require | Features::BATCH_IO)
+        {
             features.prefer = features.prefer - Features::BATCH_IO;
+        }
+        if self.data_path == DataPath::NeedGetData {
+            features.prefer = features.prefer - Features::SHMEM_ZC;
+        }
+        // All it does is to permit the command that a handover needs.
+        let asked = features.require | features.prefer;
+        if asked.contains(Features::USER_RECOVERY)
+            && !asked.contains(Features::USER_RECOVERY_FAIL_IO)
+        {
+            features.prefer |= Features::QUIESCE;
         }
         let mut add = AddDevice::new(&params).id(self.id).features(features);
         add.server_flags = self.fingerprint;

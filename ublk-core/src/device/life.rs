@@ -14,6 +14,7 @@ use crate::worker::meter::Meter;
 use crate::worker::pool::WorkerHandle;
 use crate::worker::queue::Events;
 use crate::worker::serve::Pool;
+use crate::worker::shared::SharedBuffers;
 
 /// The inode of the device's directory in sysfs, which no two devices have in one boot.
 pub(super) fn identity_of(id: u32) -> Option<u64> {
@@ -25,12 +26,15 @@ pub(super) fn identity_of(id: u32) -> Option<u64> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Ending {
-    /// By its own server's stop.
+    /// By its own server's stop, or its [`halt`](crate::Running::halt).
     Stopped,
-    /// Somebody else stopped or deleted it.
+    /// Somebody else stopped or deleted it, or quiesced it for another server;
+    /// [`Device::state`](crate::Device::state) tells. Of these only a stopped one is deleted by a stop of this
+    /// server's.
     StoppedByOthers,
-    /// This server let go of it by [`Running::detach`](crate::Running::detach); the disk waits for the next.
-    Detached,
+    /// This server gave it away by [`Running::hand_over`](crate::Running::hand_over); the disk is the next
+    /// server's.
+    HandedOver,
     /// It was taken down because something failed; [`Device::wait`](crate::Device::wait) says what.
     Failed,
 }
@@ -77,8 +81,9 @@ struct Failure {
     text: String,
 }
 
-/// One queue and who serves it.
+/// One queue and who serves it, or a part of it and one of those who do.
 pub(super) struct Queue {
+    pub(super) number: u16,
     pub(super) worker: Arc<WorkerHandle>,
     pub(super) meter: Arc<Meter>,
 }
@@ -96,6 +101,8 @@ pub(crate) struct Life {
     pub(super) queues: std::sync::OnceLock<Vec<Queue>>,
     pub(super) pool: Option<Arc<Pool>>,
     pub(super) shared_workers: bool,
+    /// Memory that clients share with the server.
+    pub(super) shared: Arc<SharedBuffers>,
     /// `/dev/ublkcN`, until the device ends. The rings hold it as well.
     pub(super) char_device: Mutex<Option<Arc<OwnFd>>>,
     pub(super) warnings: Mutex<Vec<String>>,
@@ -140,6 +147,7 @@ impl Life {
             queues: std::sync::OnceLock::new(),
             pool,
             shared_workers,
+            shared: Arc::default(),
             char_device: Mutex::new(Some(Arc::new(char_device))),
             warnings: Mutex::new(Vec::new()),
             identity,
@@ -181,11 +189,11 @@ impl Life {
         }
     }
 
-    /// Whether every queue's first fetches are with the kernel, or something failed.
-    pub(super) fn wait_fetched(&self, deadline: Instant) -> Result<()> {
-        let queues = self.info.queues;
-        let in_time =
-            self.wait_until(Some(deadline), |s| s.fetched == queues || s.failure.is_some());
+    /// Whether the first fetches of so many queues are with the kernel, or something failed.
+    pub(super) fn wait_fetched(&self, queues: usize, deadline: Instant) -> Result<()> {
+        let in_time = self.wait_until(Some(deadline), |s| {
+            usize::from(s.fetched) >= queues || s.failure.is_some()
+        });
         if let Some(error) = self.failure() {
             return Err(error);
         }

@@ -1,4 +1,4 @@
-//! Taking over a disk whose server is gone, and letting go of one for the next server.
+//! Taking over a disk whose server is gone.
 //!
 //! A disk with USER_RECOVERY outlives its server: the driver quiesces it (or fails its I/O) when the
 //! server's `/dev/ublkcN` is released. The next server announces itself (START_USER_RECOVERY), opens, maps and
@@ -6,7 +6,6 @@
 //! device: a recovery that fails, or is killed, leaves it to the next.
 
 use std::path::PathBuf;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::builder::Builder;
@@ -59,7 +58,7 @@ impl Builder {
         let info = control.get_dev_info(id)?;
         // Those of a device that was never started may be missing.
         check_state(&info)?;
-        let params = control.get_params(id)?;
+        let params = params_of(control, id, deadline)?;
         self.check(&info, &params).map_err(|e| e.on_device(id))?;
         let char_device = take(control, id, deadline)?;
         let mut info = control.get_dev_info(id)?;
@@ -77,7 +76,7 @@ impl Builder {
         match (Rise { builder: &self, info: &life.info, way: Way::Recover }
             .bring_up(&life, deadline))
         {
-            Ok(()) => Ok(Running::new(life)),
+            Ok(()) => Ok(Running::new(life, self)),
             Err(error) => {
                 life.undo_recovery();
                 Err(error)
@@ -173,6 +172,17 @@ fn check_state(info: &DeviceInfo) -> Result<()> {
     }
 }
 
+/// The disk's parameters. Drivers before 6.16 that are just noticing a server's end keep the device's lock for as
+/// long as requests take to time out, which is longer than a command is usually waited for.
+fn params_of(control: &Control, id: u32, deadline: Instant) -> Result<DeviceParams> {
+    loop {
+        match control.get_params(id) {
+            Err(e) if e.kind() == ErrorKind::TimedOut && Instant::now() < deadline => {}
+            params => return params,
+        }
+    }
+}
+
 /// Opens the device once its former server is gone and the driver ready for another.
 fn take(control: &Control, id: u32, deadline: Instant) -> Result<OwnFd> {
     let patience = Instant::now() + GRACE;
@@ -226,82 +236,9 @@ impl Life {
     fn undo_recovery(&self) {
         self.lock().phase = Phase::Ending;
         self.wait_answered(Instant::now() + PATIENCE);
-        self.let_go();
+        self.let_go(true);
         // A handle of it that somebody kept must not delete what is the next server's.
         self.lock().deleted = true;
         self.set_ended(Ending::Failed);
-    }
-
-    /// Closes everything that the driver waits for before it lets another server in. That comes last of all:
-    /// a write that a thread of ours is still making must not meet those of the next server. False if such a
-    /// thread does not end; then the device is this process's for as long as it lives.
-    fn let_go(&self) -> bool {
-        let file = self.char_device.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut leftovers = Vec::new();
-        self.condemn(&mut leftovers);
-        self.release(&mut leftovers);
-        for what in &leftovers {
-            tracing::warn!(
-                device = self.info.id,
-                "the device is kept from the next server: {what}"
-            );
-        }
-        if !leftovers.is_empty() {
-            std::mem::forget(file);
-        }
-        leftovers.is_empty()
-    }
-
-    pub(super) fn detach(&self, within: Duration) -> Result<()> {
-        const ATTEMPT: &str = "let go of the device";
-        let refuse = |kind, cause: &'static str| {
-            Err(Error::new(kind, ATTEMPT).on_device(self.info.id).because(cause))
-        };
-        self.check_process(ATTEMPT)?;
-        self.check_thread(ATTEMPT)?;
-        if !self.info.features.contains(Features::USER_RECOVERY) {
-            return refuse(ErrorKind::Unsupported, "it was added without USER_RECOVERY");
-        }
-        if self.shared_workers {
-            return refuse(
-                ErrorKind::Unsupported,
-                "its workers serve other devices, from which it cannot be taken apart",
-            );
-        }
-        // Before, a request that the driver hands to a thread which has closed its ring and lives on was
-        // aborted by nobody, and the driver waited for it under its lock. A server that is killed has no such
-        // thread.
-        if !self.info.features.contains(Features::PER_IO_DAEMON) {
-            return refuse(
-                ErrorKind::Unsupported,
-                "the kernel's driver lacks PER_IO_DAEMON (since Linux 6.16)",
-            );
-        }
-        let deadline = from_now(within);
-        {
-            let mut state = self.lock();
-            if state.phase != Phase::Live || state.has_failed() {
-                return refuse(ErrorKind::WrongState, "it is ending, or has ended");
-            }
-            state.phase = Phase::Ending;
-            state.deleted = true;
-        }
-        let free = self.let_go();
-        self.set_ended(Ending::Detached);
-        if !free {
-            return refuse(
-                ErrorKind::TimedOut,
-                "the backend is stuck; the next server has to wait for this process to end",
-            );
-        }
-        while self.control.get_dev_info(self.info.id)?.state == DeviceState::Live {
-            if Instant::now() >= deadline {
-                return Err(Error::new(ErrorKind::TimedOut, ATTEMPT)
-                    .on_device(self.info.id)
-                    .because("the driver has not finished with this server"));
-            }
-            std::thread::sleep(POLL);
-        }
-        Ok(())
     }
 }

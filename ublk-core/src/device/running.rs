@@ -5,7 +5,9 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::builder::Builder;
 use super::life::{Ending, Life, Phase, from_now};
+use super::start::Added;
 use super::stats::{DeviceStats, QueueStats};
 use super::stop::Manner;
 use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
@@ -79,7 +81,7 @@ impl Device {
         let now = Stamp::now();
         let queues = self.0.queues();
         let mut stats = DeviceStats {
-            queues: queues.iter().map(|q| QueueStats::of(&q.meter, now)).collect(),
+            queues: QueueStats::by_queue(queues.iter().map(|q| (q.number, &*q.meter)), now),
             pool_panics: self.0.pool.as_ref().map_or(0, |pool| pool.panics()),
             ..DeviceStats::default()
         };
@@ -141,7 +143,8 @@ impl Device {
     /// is revoked. Should the backend be stuck on a worker, its ring is taken away: the call returns some
     /// seconds after `within` in any case.
     ///
-    /// A device that has ended already is deleted.
+    /// A device that has ended already is deleted; but not one that has gone to another server, or waits for one
+    /// (see [`Ending`]): of that, this only says how it ended.
     ///
     /// On drivers without [`SAFE_STOP_DEV`](Features::SAFE_STOP_DEV) (before Linux 7) the users are those that
     /// this process can see in `/proc` and `/sys`, and one that comes at the last moment loses the disk.
@@ -183,6 +186,8 @@ impl fmt::Debug for Device {
 /// on it. To end without that, stop it; to let it run, leak it or keep it.
 pub struct Running {
     device: Device,
+    /// What it was made from, for another life.
+    builder: Option<Box<Builder>>,
     /// It was stopped: nothing is left to do.
     over: bool,
 }
@@ -191,8 +196,8 @@ pub struct Running {
 const DROP_WITHIN: Duration = Duration::from_secs(5);
 
 impl Running {
-    pub(super) fn new(life: Arc<Life>) -> Self {
-        Running { device: Device(life), over: false }
+    pub(super) fn new(life: Arc<Life>, builder: Builder) -> Self {
+        Running { device: Device(life), builder: Some(Box::new(builder)), over: false }
     }
 
     /// A handle for other threads.
@@ -218,36 +223,74 @@ impl Running {
         self.finish(within, Manner::Forced)
     }
 
-    /// Lets go of a disk that has [`USER_RECOVERY`](Features::USER_RECOVERY) and leaves it to the next server,
-    /// which takes it over by [`Builder::recover`](crate::Builder::recover); in the meantime its I/O waits
-    /// (fails
-    /// with EREMOTEIO, with `USER_RECOVERY_FAIL_IO`).
+    /// Stops the disk when nobody uses it, as [`stop`](Device::stop) does, and keeps the device: started again it
+    /// has the same number, features and fingerprint. In between [`Added::describe`] can give it another size,
+    /// other block sizes or limits, or another backend.
     ///
-    /// Requests that the backend has at this moment fail with EIO, or go to the next server with
-    /// `USER_RECOVERY_REISSUE`, which may then see again what was done already. The memory of the tags' buffers
-    /// stays with this process, because the kernel does not say when it has finished with it.
+    /// Counters begin at zero again; handles of the device from before say [`Ending::Stopped`].
     ///
-    /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
-    /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business: have them
-    /// finished, or do no harm.
-    ///
-    /// Returns once the driver is ready for the next server.
+    /// Somebody who opens the disk at the last moment loses it, on every driver: the command that looks and stops
+    /// at once would keep the disk's users out of its next life, if they are not privileged.
     ///
     /// # Errors
     ///
-    /// The device comes back with [`ErrorKind::Unsupported`] if it cannot be recovered, shares its workers with
-    /// others, or the driver is from before Linux 6.16: it loses requests that arrive while a live server
-    /// lets go, and waits for them for ever. With [`ErrorKind::WrongState`] if it is ending.
-    /// [`ErrorKind::TimedOut`] if the driver is not ready in time or the backend is stuck; the device is let go
-    /// of all the same.
-    pub fn detach(mut self, within: Duration) -> Result<(), StopFailed> {
-        match self.device.0.detach(within) {
+    /// The device comes back. [`ErrorKind::Unsupported`] where the kernel starts no device a second time (by all
+    /// that is known, before Linux 7.3); [`ErrorKind::Busy`] as of [`stop`](Device::stop),
+    /// [`ErrorKind::WrongState`] if it is ending: the disk goes on, or was ended by others. If the backend is stuck
+    /// at the end ([`ErrorKind::TimedOut`]) or the device fails, it is stopped and deleted.
+    pub fn halt(mut self, within: Duration) -> Result<Added, StopFailed> {
+        let halted = self.device.0.halt(within);
+        match (halted, self.builder.take()) {
+            (Ok((info, params)), Some(builder)) => {
+                self.over = true;
+                Ok(Added::again(*builder, params, self.device.0.control.clone(), info))
+            }
+            (Ok(_), None) => unreachable!("only this takes the builder, and the device with it"),
+            (Err(error), builder) => {
+                self.builder = builder;
+                Err(StopFailed { error, device: self })
+            }
+        }
+    }
+
+    /// Gives the disk to the next server, which takes it over by [`Builder::recover`](crate::Builder::recover):
+    /// under its users, a mounted file system for instance, and without a failed request. Requests that come
+    /// between the two servers wait.
+    ///
+    /// The disk must have [`USER_RECOVERY`](Features::USER_RECOVERY), and not
+    /// [`USER_RECOVERY_FAIL_IO`](Features::USER_RECOVERY_FAIL_IO).
+    ///
+    /// * With [`QUIESCE`](Features::QUIESCE) (since Linux 6.16; a [`Builder`](crate::Builder) that asks for
+    ///   `USER_RECOVERY` prefers it by itself) all that this server has is answered by it first.
+    /// * Otherwise it takes [`USER_RECOVERY_REISSUE`](Features::USER_RECOVERY_REISSUE): what this server has not
+    ///   answered goes to the next one, which may see again what was done already. The memory of the tags'
+    ///   buffers then stays with this process, because the kernel does not say when it has finished with it.
+    ///   Before Linux 6.16 a server that lives on would lose requests; there, end the process in place of this.
+    ///
+    /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
+    /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business.
+    ///
+    /// Returns once the driver is ready for the next server. One that was told to recover the disk before waits two
+    /// seconds for a server that lives, and then gives up with [`ErrorKind::Busy`].
+    ///
+    /// # Errors
+    ///
+    /// The device comes back.
+    ///
+    /// * [`ErrorKind::Unsupported`] names the feature that is missing and the kernel that brought it;
+    ///   [`ErrorKind::WrongState`] if it is ending. This server goes on.
+    /// * [`ErrorKind::TimedOut`] if the backend does not answer in time what it had at the call: this server goes
+    ///   on. If it stops answering later than that, the disk is given away all the same, because nothing takes a
+    ///   QUIESCE back: [`Device::ending`] is [`Ending::HandedOver`], and the message says what has become of the
+    ///   requests.
+    pub fn hand_over(mut self, within: Duration) -> Result<(), StopFailed> {
+        match self.device.0.hand_over(within) {
             Ok(()) => {
                 self.over = true;
                 Ok(())
             }
             Err(error) => {
-                self.over = self.device.ending() == Some(Ending::Detached);
+                self.over = self.device.ending() == Some(Ending::HandedOver);
                 Err(StopFailed { error, device: self })
             }
         }

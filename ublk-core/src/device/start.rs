@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::builder::{Builder, Plan};
+use super::halt;
 use super::life::{Life, PATIENCE, Phase, Queue, from_now};
 use super::running::Running;
 use crate::control::node_watch::Watch;
@@ -18,7 +19,7 @@ use crate::uring::worker_ring::{Size, defers};
 use crate::worker::meter::Meter;
 use crate::worker::path::DataPath;
 use crate::worker::pool::{Plan as WorkerPlan, WorkerHandle};
-use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
+use crate::worker::queue::{Events, Lane, Queue as WorkerQueue, Start};
 
 /// A device that the kernel knows: `/dev/ublkcN` exists, the disk does not.
 ///
@@ -26,6 +27,8 @@ use crate::worker::queue::{Events, Queue as WorkerQueue, Start};
 pub struct Added {
     builder: Builder,
     params: DeviceParams,
+    /// It had a disk before.
+    again: bool,
     guard: Delete,
 }
 
@@ -55,10 +58,38 @@ impl Added {
     pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
         let info = control.add_dev(&plan.add(control.features()))?;
         let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
-        // The driver clamps the queues: what is served is what it says.
-        let params = plan.params.to_builder().queues(guard.info.queues).build()?;
+        let params = settled(&plan.params, &guard.info)?;
         guard.info.capacity = Some(params.capacity());
-        Ok(Added { builder, params, guard })
+        Ok(Added { builder, params, again: false, guard })
+    }
+
+    /// A device whose disk was stopped.
+    pub(super) fn again(
+        builder: Builder,
+        params: DeviceParams,
+        control: Control,
+        info: DeviceInfo,
+    ) -> Self {
+        let guard = Delete { control, info, generation: fork::generation(), armed: true };
+        Added { builder, params, again: true, guard }
+    }
+
+    /// Has the device become what another builder describes, backend included. What was settled when it was added
+    /// stays, and what the builder says of it does not count: the number, the queues, their depth, the size of the
+    /// largest request, the features and the fingerprint.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`], the latter also for a feature that is
+    /// required and that the device has not got, or forbidden and that it has. The former description stays.
+    pub fn describe(&mut self, builder: Builder) -> Result<()> {
+        let at = |e: Error| e.on_device(self.guard.info.id);
+        let plan = builder.plan().map_err(at)?;
+        builder.features.check(self.guard.info.features).map_err(at)?;
+        self.params = settled(&plan.params, &self.guard.info).map_err(at)?;
+        self.guard.info.capacity = Some(self.params.capacity());
+        self.builder = builder;
+        Ok(())
     }
 
     /// The device's number.
@@ -91,7 +122,11 @@ impl Added {
         }
         let deadline = from_now(self.builder.start_timeout);
         let control = self.guard.control.clone();
-        control.set_params(id, &self.params)?;
+        if self.again {
+            halt::once_the_old_disk_is_gone(|| control.set_params(id, &self.params))?;
+        } else {
+            control.set_params(id, &self.params)?;
+        }
         let char_device = control.open_char_device(id, &Wait::until(deadline))?;
         let pool = self.builder.service.start(self.builder.threads, &format!("ublk{id}-pool"))?;
         let life = Life::new(
@@ -107,7 +142,7 @@ impl Added {
         match rise.bring_up(&life, deadline) {
             Ok(()) => {
                 self.guard.armed = false;
-                Ok(Running::new(life))
+                Ok(Running::new(life, self.builder))
             }
             Err(error) => {
                 life.undo_start();
@@ -116,6 +151,12 @@ impl Added {
             }
         }
     }
+}
+
+/// Parameters as the driver has settled what a device's ADD says: it clamps the queues.
+fn settled(params: &DeviceParams, info: &DeviceInfo) -> Result<DeviceParams> {
+    let builder = params.to_builder().queues(info.queues).queue_depth(info.queue_depth);
+    builder.max_io_bytes(info.max_io_bytes).build()
 }
 
 /// Which command lets I/O flow once every tag is fetched.
@@ -138,7 +179,7 @@ impl Rise<'_> {
         let starts = self.starts(life)?;
         let queues = starts.iter().map(|start| {
             let worker = self.worker(life, start)?;
-            Ok(Queue { worker, meter: Arc::clone(&start.meter) })
+            Ok(Queue { number: start.queue, worker, meter: Arc::clone(&start.meter) })
         });
         let queues = queues.collect::<Result<Vec<_>>>()?;
         for queue in &queues {
@@ -149,11 +190,24 @@ impl Rise<'_> {
         let workers: Vec<_> = queues.iter().map(|q| Arc::clone(&q.worker)).collect();
         // Before any event of a queue can come.
         let _ = life.queues.set(queues);
-        for (start, worker) in starts.into_iter().zip(workers) {
-            let handler = self.builder.service.handler(start.queue, life.pool.as_ref());
-            worker.attach(start, handler);
+        // The tags of a queue that works in batches are all offered by its first worker, before others fetch.
+        let (first, others): (Vec<_>, Vec<_>) =
+            starts.into_iter().zip(workers).partition(|(s, _)| !s.batched || s.lane.index == 0);
+        let mut given = 0;
+        let mut fetched = Ok(());
+        for part in [first, others] {
+            given += part.len();
+            for (start, worker) in part {
+                let handler = self.builder.service.handler(start.queue, life.pool.as_ref());
+                match &fetched {
+                    Ok(()) => worker.attach(start, handler),
+                    // Whoever cleans up waits for an answer of each.
+                    Err(_) => life.fetched(start.queue, Err(unfit(self.info.id))),
+                }
+            }
+            fetched = fetched.and(life.wait_fetched(given, deadline));
         }
-        life.wait_fetched(deadline)?;
+        fetched?;
         // Every fetch is submitted; one that the kernel rejects ends the wait.
         let cancel = CancelToken::new();
         life.cancel_on_failure(&cancel);
@@ -189,7 +243,8 @@ impl Rise<'_> {
         let Some(file) = file.as_ref() else {
             return Err(Error::new(ErrorKind::WrongState, "start the device").on_device(info.id));
         };
-        let make = |queue| {
+        let lanes = self.builder.workers_per_queue;
+        let make = |(queue, index)| {
             // SAFETY: the descriptor is open as long as `file` is held, beyond this call.
             let fd = unsafe { BorrowedFd::borrow_raw(file.as_raw_fd()) };
             let at = |e: Error| e.on_device(info.id).on_queue(queue);
@@ -213,6 +268,7 @@ impl Rise<'_> {
             Ok(Start {
                 device: info.id,
                 queue,
+                lane: Lane { index, count: lanes },
                 depth: info.queue_depth,
                 buffer: info.max_io_bytes,
                 backing,
@@ -222,6 +278,7 @@ impl Rise<'_> {
                 region: Arc::new(region),
                 path: DataPath::of(info.features),
                 batched: info.features.contains(Features::BATCH_IO),
+                shared: Arc::clone(&life.shared),
                 zoned: info.features.contains(Features::ZONED),
                 integrity: life
                     .params
@@ -232,7 +289,7 @@ impl Rise<'_> {
                 events: Arc::clone(life) as Arc<dyn Events>,
             })
         };
-        (0..info.queues).map(make).collect()
+        (0..info.queues).flat_map(|q| (0..lanes).map(move |lane| (q, lane))).map(make).collect()
     }
 
     fn worker(&self, life: &Life, start: &Start) -> Result<Arc<WorkerHandle>> {
@@ -247,7 +304,10 @@ impl Rise<'_> {
         };
         let depth = u32::from(start.depth);
         WorkerHandle::start(WorkerPlan {
-            name: format!("ublk{id}-q{queue}"),
+            name: match start.lane.count {
+                1 => format!("ublk{id}-q{queue}"),
+                _ => format!("ublk{id}-q{queue}.{}", start.lane.index),
+            },
             // A commit for each tag, and as many operations of futures besides.
             size: Size {
                 submissions: (depth + 8).next_power_of_two(),
@@ -291,6 +351,13 @@ impl Rise<'_> {
         ));
         Ok(())
     }
+}
+
+/// For a queue that is not given to its worker, because another was not taken.
+fn unfit(id: u32) -> Error {
+    Error::new(ErrorKind::WrongState, "give the queue to a worker")
+        .on_device(id)
+        .because("the device is not started after all")
 }
 
 impl std::fmt::Debug for Added {

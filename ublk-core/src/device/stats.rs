@@ -72,7 +72,23 @@ pub struct QueueStats {
 }
 
 impl QueueStats {
-    pub(crate) fn of(meter: &Meter, now: Stamp) -> Self {
+    /// From the numbers of queues and what their workers have counted, the workers of a queue next to each other.
+    pub(crate) fn by_queue<'a>(
+        meters: impl Iterator<Item = (u16, &'a Meter)>,
+        now: Stamp,
+    ) -> Vec<Self> {
+        let mut all: Vec<(u16, Self)> = Vec::new();
+        for (number, meter) in meters {
+            let stats = Self::of(meter, now);
+            match all.last_mut().filter(|(last, _)| *last == number) {
+                Some((_, sum)) => sum.merge(&stats),
+                None => all.push((number, stats)),
+            }
+        }
+        all.into_iter().map(|(_, stats)| stats).collect()
+    }
+
+    fn of(meter: &Meter, now: Stamp) -> Self {
         let op = |op| {
             let m = meter.op(op);
             OpStats {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
 use crate::control::node_watch::Watch;
-use crate::control::{Features, Holder, Wait};
+use crate::control::{DeviceState, Features, Holder, Wait};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Whether users of the disk keep it from being stopped.
@@ -58,15 +58,9 @@ impl Life {
         let mut leftovers = Vec::new();
         if ours {
             if manner == Manner::Polite
-                && let Err(error) = self.stop_when_free(deadline)
+                && let Err(error) = self.stop_when_free(deadline, true)
             {
-                self.lock().phase = Phase::Live;
-                self.changed.notify_all();
-                // What ended or failed meanwhile was taken for a part of this stop.
-                self.notice_end();
-                if self.lock().has_failed() {
-                    self.set_takedown_off();
-                }
+                self.resume();
                 return Err(error);
             }
             if manner == Manner::Forced && !self.wait_answered_requests(deadline) {
@@ -90,7 +84,7 @@ impl Life {
     /// STOP waits for requests inside of the kernel, with no way back, and a process that is killed in that
     /// state, on a thread of its own STOP, never ends: the requests are aborted only when `ublkc` is closed,
     /// which the kernel thread that runs the STOP keeps open. So STOP is not begun while a request is stuck.
-    fn wait_answered_requests(&self, deadline: Instant) -> bool {
+    pub(super) fn wait_answered_requests(&self, deadline: Instant) -> bool {
         // A request's end is no event: to announce each would burden them all for the sake of this.
         const STEP: Duration = Duration::from_millis(2);
         let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
@@ -106,8 +100,9 @@ impl Life {
         }
     }
 
-    /// Waits until nobody holds the disk and removes it in the same moment, where the kernel can do that.
-    fn stop_when_free(&self, deadline: Instant) -> Result<()> {
+    /// Waits until nobody holds the disk. If it is to go `for_good`, it is removed in the same moment, where the
+    /// kernel can do that.
+    pub(super) fn stop_when_free(&self, deadline: Instant, for_good: bool) -> Result<()> {
         let id = self.info.id;
         if !self.wait_answered_requests(deadline) && !self.lock().has_failed() {
             let holders = self.disk_holders();
@@ -126,7 +121,7 @@ impl Life {
             // Also at the deadline the driver is asked, and given the time to say who holds the disk: an
             // answer that did not come must not be taken for one.
             let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
-            let holders = if self.info.features.contains(Features::SAFE_STOP_DEV) {
+            let holders = if for_good && self.info.features.contains(Features::SAFE_STOP_DEV) {
                 match self.control.try_stop_dev(id, &wait) {
                     // Ok, or gone already.
                     Ok(()) => return Ok(()),
@@ -176,7 +171,7 @@ impl Life {
     }
 
     /// STOP, with what is stuck revoked at the deadline, and taken from its worker soon after.
-    fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
+    pub(super) fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
         let id = self.info.id;
         if self.has_lost_queues() {
             // STOP would wait for requests that only the closing of the device's file ends.
@@ -205,7 +200,7 @@ impl Life {
         leftovers.push(format!("STOP of device {id} has not come back from the kernel"));
     }
 
-    fn revoke(&self) {
+    pub(super) fn revoke(&self) {
         for queue in self.queues() {
             queue.worker.revoke(self.info.id);
         }
@@ -215,8 +210,9 @@ impl Life {
     /// aborts what was in progress.
     pub(super) fn condemn(&self, leftovers: &mut Leftovers) {
         let deadline = Instant::now() + PATIENCE;
-        for (number, queue) in self.queues().iter().enumerate() {
+        for queue in self.queues() {
             if !queue.worker.condemn(deadline) {
+                let number = queue.number;
                 leftovers.push(format!("the worker of queue {number} could not be ended"));
             }
         }
@@ -247,14 +243,25 @@ impl Life {
         }
     }
 
+    /// Whether somebody else took the device from this server for another one, by QUIESCE.
+    fn is_for_the_next_server(&self) -> bool {
+        let by_others = self.lock().phase == Phase::Ended(Ending::StoppedByOthers);
+        by_others
+            && self.info.features.contains(Features::USER_RECOVERY)
+            && self.control.get_dev_info(self.info.id).is_ok_and(|i| i.state != DeviceState::Dead)
+    }
+
     /// Deletes the device, once: the number may be somebody else's afterwards.
-    fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
+    pub(super) fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
         let id = self.info.id;
         if std::mem::replace(&mut self.lock().deleted, true) {
             return;
         }
         if self.identity.is_some() && identity_of(id) != self.identity {
             // Somebody else deleted it.
+            return;
+        }
+        if self.is_for_the_next_server() {
             return;
         }
         let wait = Wait::for_(PATIENCE);
@@ -279,7 +286,18 @@ impl Life {
         }
     }
 
-    /// After a polite stop was given up: whether the device ended by itself meanwhile.
+    /// A stop or a handover was given up: the device is served on.
+    pub(super) fn resume(&self) {
+        self.lock().phase = Phase::Live;
+        self.changed.notify_all();
+        // What ended or failed meanwhile was taken for a part of it.
+        self.notice_end();
+        if self.lock().has_failed() {
+            self.set_takedown_off();
+        }
+    }
+
+    /// Whether the device ended by itself while that was taken for somebody's doing.
     pub(super) fn notice_end(&self) {
         let all = {
             let state = self.lock();

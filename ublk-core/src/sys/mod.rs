@@ -5,4 +5,5 @@ pub(crate) mod clock;
 pub(crate) mod event;
 pub(crate) mod fork;
 pub(crate) mod memory;
+pub(crate) mod shared_memory;
 pub(crate) mod thread;

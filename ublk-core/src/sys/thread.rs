@@ -1,7 +1,9 @@
 //! Threads that keep out of the program's way: signals blocked, pinned where asked, and marked as what
 //! memory reclaim may depend on.
 
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
 
 use crate::error::{Errno, Error, ErrorKind, Result};
 
@@ -75,6 +77,41 @@ pub fn declare_io_flusher() -> Result<()> {
 
 /// From `linux/prctl.h`, since Linux 5.6; not in the libc crate for glibc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
+
+/// Tells when a thread has ended, its last business with io_uring included.
+pub(crate) struct ExitWatch(OwnedFd);
+
+/// From `linux/pidfd.h`, since Linux 6.9: of a thread, not of its process.
+const PIDFD_THREAD: libc::c_uint = libc::O_EXCL as libc::c_uint;
+
+impl ExitWatch {
+    /// On the calling thread. `None` where the kernel has no such thing.
+    pub(crate) fn on_this_thread() -> Option<Self> {
+        // SAFETY: calls with integers; the answer is a new descriptor (close-on-exec by itself) or -1.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::gettid(), PIDFD_THREAD) };
+        let fd = libc::c_int::try_from(fd).ok().filter(|fd| *fd >= 0)?;
+        // SAFETY: new, and nobody else's.
+        Some(ExitWatch(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Waits for the thread's end, a bounded time. False if it has not come.
+    pub(crate) fn wait(&self, time: Duration) -> bool {
+        let deadline = Instant::now() + time;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            let mut poll =
+                libc::pollfd { fd: self.0.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+            // SAFETY: one pollfd, which is ours.
+            let n = unsafe { libc::poll(&raw mut poll, 1, left.try_into().unwrap_or(i32::MAX)) };
+            match n {
+                1.. => return true,
+                0 => return false,
+                _ if Errno::last() != Errno::EINTR => return false,
+                _ => {}
+            }
+        }
+    }
+}
 
 /// The largest CPU number that is handled, plus one; the kernel's own limit is `NR_CPUS` = 8192.
 const MAX_CPUS: usize = 8192;

@@ -32,19 +32,37 @@ impl BufferRing {
         each: usize,
     ) -> Result<Self, Errno> {
         assert!(count.is_power_of_two());
-        let len = usize::from(count) * (size_of::<BufRingEntry>() + each);
-        let region = Region::new(len, Backing::default())?;
-        let entries = region.at(0).as_ptr();
+        let mut this = Self::unregistered(group, count, each)?;
+        let entries = this.region.at(0).as_ptr();
         // SAFETY: the region is page-aligned, large enough, and stays mapped: it is dropped by `free` alone, after
         // the ring has let go of it.
         unsafe { ring.register_buffer_ring(entries as u64, count, group)? };
-        let mut this =
-            BufferRing { region: ManuallyDrop::new(region), group, count, each, tail: 0 };
         for buffer in 0..count {
             this.put(buffer);
         }
         this.publish();
         Ok(this)
+    }
+
+    /// Memory that no ring knows.
+    fn unregistered(group: u16, count: u16, each: usize) -> Result<Self, Errno> {
+        let len = usize::from(count) * (size_of::<BufRingEntry>() + each);
+        let region = ManuallyDrop::new(Region::new(len, Backing::default())?);
+        Ok(BufferRing { region, group, count, each, tail: 0 })
+    }
+
+    /// A completion has left these bytes in a buffer.
+    #[cfg(test)]
+    pub(crate) fn fill(&self, index: u16, bytes: &[u8]) {
+        assert!(bytes.len() <= self.each);
+        // SAFETY: within the buffer; no kernel knows it.
+        unsafe { self.buffer(index).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    }
+
+    /// For tests of what is done with the buffers' contents.
+    #[cfg(test)]
+    pub(crate) fn detached(count: u16, each: usize) -> Self {
+        Self::unregistered(0, count, each).unwrap()
     }
 
     pub(crate) fn group(&self) -> u16 {

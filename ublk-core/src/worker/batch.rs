@@ -7,6 +7,7 @@ use io_uring::squeue::Entry;
 
 use super::core::Token;
 use super::path::DataPath;
+use super::queue::Start;
 use super::slot::Slot;
 use crate::error::Errno;
 use crate::uring::batch::{BatchCommands, FETCH_BYTES, Layout};
@@ -57,24 +58,32 @@ impl Batch {
     pub(crate) fn new(
         ring: &WorkerRing,
         key: u32,
-        queue: u16,
-        depth: u16,
         target: Target,
-        path: DataPath,
-        zoned: bool,
+        start: &Start,
     ) -> Result<Self, Errno> {
-        let layout = match path {
+        let (depth, lanes) = (start.depth, start.lane.count);
+        let layout = match start.path {
             DataPath::AutoBufReg => Layout::AutoRegister,
-            _ if zoned => Layout::Zoned,
+            _ if start.zoned => Layout::Zoned,
             path if path.is_copied_by_driver() => Layout::Address,
             _ => Layout::Plain,
         };
-        let arrays = depth.next_power_of_two().min(MOST_ARRAYS);
+        // The driver serves one fetch until it runs out of buffers, and then the one that has waited longest: so
+        // workers that share a queue take one share of its tags each in turn.
+        let (arrays, bytes) = match lanes {
+            1 => (depth.next_power_of_two().min(MOST_ARRAYS), FETCH_BYTES),
+            n => (1, FETCH_BYTES.min(usize::from(depth.div_ceil(n)) * size_of::<u16>())),
+        };
         let group = u16::try_from(key).map_err(|_| Errno::ENOSPC)?;
-        Ok(Batch {
+        let arrays = BufferRing::new(ring, group, arrays, bytes)?;
+        Ok(Self::with(key, BatchCommands::new(target, start.queue, layout), arrays))
+    }
+
+    fn with(key: u32, commands: BatchCommands, arrays: BufferRing) -> Self {
+        Batch {
             key,
-            commands: BatchCommands::new(target, queue, layout),
-            arrays: BufferRing::new(ring, group, arrays, FETCH_BYTES)?,
+            commands,
+            arrays,
             offer: Vec::new(),
             pending: Vec::new(),
             flying: Vec::new(),
@@ -82,20 +91,21 @@ impl Batch {
             out: 0,
             fetching: true,
             home: false,
-        })
+        }
     }
 
-    /// Offers every tag, and fetches.
-    pub(crate) fn start<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> [Entry; 2] {
+    /// Offers every tag.
+    pub(crate) fn offer<'a>(&mut self, slots: impl Iterator<Item = &'a Slot>) -> Entry {
         let layout = self.commands.layout();
         for slot in slots {
             layout.put(&mut self.offer, slot.place().tag, 0, Self::buffer(layout, slot), 0);
         }
         let token = Token::Offer { key: self.key }.encode();
-        [self.commands.prepare(&self.offer).user_data(token), self.fetch()]
+        self.commands.prepare(&self.offer).user_data(token)
     }
 
-    fn fetch(&self) -> Entry {
+    /// Has the kernel deliver requests, once the tags are offered.
+    pub(crate) fn fetch(&self) -> Entry {
         let token = Token::Fetch { key: self.key }.encode();
         self.commands.fetch(self.arrays.group()).user_data(token)
     }
@@ -209,5 +219,102 @@ impl Batch {
     /// Takes back what the ring has of it.
     pub(crate) fn free(self, ring: &WorkerRing) {
         self.arrays.free(ring);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use io_uring::types;
+
+    use super::*;
+    use crate::sys::memory::{Backing, Region};
+    use crate::worker::mailbox::Mailbox;
+    use crate::worker::slot::{Buffer, Place};
+
+    fn batch() -> Batch {
+        let target = Target::Fd(types::Fd(0));
+        Batch::with(
+            5,
+            BatchCommands::new(target, 0, Layout::Address),
+            BufferRing::detached(4, FETCH_BYTES),
+        )
+    }
+
+    fn slot(tag: u16) -> std::sync::Arc<Slot> {
+        let region = std::sync::Arc::new(Region::new(4096, Backing::default()).unwrap());
+        let place = Place { device: 0, queue: 0, tag, key: 5 };
+        Slot::new(place, Buffer::new(region, 0, 4096), None, Mailbox::detached())
+    }
+
+    /// The tags come in the array `array`.
+    fn fetch(batch: &mut Batch, array: u16, tags: &[u16], more: bool) -> (Fetched, Vec<u16>) {
+        let bytes: Vec<u8> = tags.iter().flat_map(|tag| tag.to_ne_bytes()).collect();
+        batch.arrays.fill(array, &bytes);
+        let mut seen = Vec::new();
+        let fetched = batch.fetched(bytes.len() as i32, Some(array), more, &mut seen);
+        (fetched, seen)
+    }
+
+    const ELEMENT: i32 = 16;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no madvise")]
+    fn a_partly_taken_commit_goes_on_behind_the_element_that_was_refused() {
+        let mut batch = batch();
+        let (fetched, tags) = fetch(&mut batch, 2, &[7, 1, 300, 4], true);
+        assert!(fetched.again.is_none() && fetched.failure.is_none());
+        assert_eq!(tags, [7, 1, 300, 4]);
+        assert!(batch.flush().is_none(), "nothing has ended");
+        for tag in tags {
+            batch.commit(&slot(tag), 512);
+        }
+        assert!(batch.flush().is_some());
+        assert!(batch.flush().is_none(), "once");
+        let one = batch.committed(0, ELEMENT);
+        assert!(one.rejected.is_none() && one.again.is_some());
+        let refused = batch.committed(0, -libc::EBUSY);
+        assert_eq!(refused.rejected, Some((1, Errno::EBUSY)));
+        assert!(refused.again.is_some());
+        // What the refused tag is tried again with goes in a command of its own.
+        batch.commit(&slot(1), -libc::EIO);
+        assert!(batch.flush().is_some());
+        let rest = batch.committed(0, 2 * ELEMENT);
+        assert!(rest.rejected.is_none() && rest.again.is_none());
+        assert_eq!(batch.out, 1);
+        assert!(batch.committed(1, ELEMENT).again.is_none());
+        assert_eq!(batch.out, 0);
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no madvise")]
+    fn a_fetch_that_runs_out_of_buffers_is_made_again() {
+        let mut batch = batch();
+        let mut none = Vec::new();
+        let fetched = batch.fetched(-libc::ENOBUFS, None, false, &mut none);
+        assert!(fetched.again.is_some() && fetched.failure.is_none());
+        // So is one that ends with a last array, and a buffer that was taken for nothing comes back.
+        assert!(fetch(&mut batch, 0, &[9], false).0.again.is_some());
+        assert!(batch.fetched(0, Some(1), true, &mut none).again.is_none());
+        let failed = batch.fetched(-libc::EINVAL, None, false, &mut none);
+        assert_eq!(failed.failure, Some(Errno::EINVAL));
+        assert!(failed.again.is_none() && none.is_empty());
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no madvise")]
+    fn a_queue_is_home_when_the_fetch_has_ended_and_the_kernel_has_every_result() {
+        let mut batch = batch();
+        fetch(&mut batch, 0, &[3], true);
+        assert!(!batch.has_come_home());
+        let stopped = batch.fetched(-libc::ENODEV, None, false, &mut Vec::new());
+        assert!(stopped.failure.is_none() && stopped.again.is_none());
+        assert!(!batch.has_come_home(), "a request is out");
+        batch.commit(&slot(3), 0);
+        assert!(!batch.has_come_home());
+        batch.flush();
+        assert!(!batch.has_come_home(), "the commit is on its way");
+        batch.committed(0, ELEMENT);
+        assert!(batch.has_come_home());
+        assert!(!batch.has_come_home(), "once");
     }
 }

@@ -239,12 +239,9 @@ impl Core {
         let key = u32::try_from(key).unwrap_or(u32::MAX);
         let commands = PerTag::new(queue, target, start.encoding, start.path);
         let batch = match start.batched {
-            true => Some(
-                Batch::new(&self.ring, key, queue, depth, target, start.path, start.zoned)
-                    .map_err(|errno| {
-                        fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
-                    })?,
-            ),
+            true => Some(Batch::new(&self.ring, key, target, &start).map_err(|errno| {
+                fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
+            })?),
             false => None,
         };
         let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);
@@ -488,6 +485,7 @@ impl Core {
         let Core { ring, queues, operations, settled, bell_armed, idle_armed, .. } = self;
         let mut again = Vec::new();
         let mut tags = Vec::new();
+        let mut hand_over = false;
         ring.reap(|word, result, flags| match Token::decode(word) {
             Some(Token::Command { key, tag }) => {
                 let Some(Some(queue)) = queues.get_mut(key as usize) else {
@@ -516,6 +514,8 @@ impl Core {
                 let Some(batch) = queue.batch() else { return };
                 let (array, more) = (cqueue::buffer_select(flags), cqueue::more(flags));
                 let fetched = batch.fetched(result, array, more, &mut tags);
+                // Another worker waits for its turn.
+                hand_over |= fetched.again.is_some() && queue.is_shared();
                 again.extend(fetched.again);
                 for tag in tags.drain(..) {
                     let now = *now.get_or_insert_with(Stamp::now);
@@ -577,6 +577,10 @@ impl Core {
             unsafe { self.push(entry) };
         }
         self.flush();
+        if hand_over {
+            // What is wrong with the ring, the next enter says again.
+            let _ = self.enter(0);
+        }
         if idle || !harvest.requests.is_empty() {
             self.look_after_memory(idle);
         }
@@ -600,6 +604,12 @@ impl Core {
         if active {
             self.arm_idle_timer();
         }
+    }
+
+    /// Whether the ring may be closed while its thread lives: if it is empty, or the driver is of the kind that lets
+    /// completions wait for the next enter.
+    pub(crate) fn may_go_before_its_thread(&self) -> bool {
+        self.ring.delivers_only_in_enter() || !self.has_queues()
     }
 
     /// The queues' numbers and whom to tell of them.

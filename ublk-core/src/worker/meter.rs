@@ -1,5 +1,6 @@
 //! What a queue counts. The worker alone writes, with plain loads and stores; anybody may read.
 
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -165,7 +166,7 @@ impl Meter {
 
 /// How long requests took, from their arrival at the server to their commit, as a histogram whose buckets
 /// are at most 12.5 % wide.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct Latency {
     counts: Vec<u64>,
 }
@@ -201,6 +202,19 @@ impl Latency {
         for (a, b) in self.counts.iter_mut().zip(&other.counts) {
             *a += b;
         }
+    }
+}
+
+/// The count and a few quantiles: the buckets are hundreds.
+impl fmt::Debug for Latency {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let quantile = |q| self.quantile(q).unwrap_or_default();
+        f.debug_struct("Latency")
+            .field("count", &self.count())
+            .field("p50", &quantile(0.5))
+            .field("p99", &quantile(0.99))
+            .field("max", &quantile(1.0))
+            .finish()
     }
 }
 

@@ -23,5 +23,6 @@ pub(crate) mod portal;
 pub(crate) mod queue;
 pub(crate) mod ring;
 pub(crate) mod serve;
+pub(crate) mod shared;
 pub(crate) mod slot;
 pub(crate) mod turn;

@@ -11,14 +11,15 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use super::slot::Slot;
+use crate::sys::shared_memory::SharedMap;
 
 /// What an operation works on.
 pub(crate) enum Hold {
     Nothing,
     /// A user's buffer, or a struct that the kernel reads.
     Memory(Box<dyn Any + Send>),
-    /// A request's buffer.
-    Request(Arc<Slot>),
+    /// A request's buffer, or the shared memory that its data is in.
+    Request(Arc<Slot>, #[allow(dead_code, reason = "held, not read")] Option<Arc<SharedMap>>),
 }
 
 pub(crate) struct Keep {
@@ -59,7 +60,7 @@ pub(crate) struct Completed {
 
 impl Operations {
     pub(crate) fn insert(&mut self, keep: Keep, waker: Waker) -> u32 {
-        if let Hold::Request(slot) = &keep.hold {
+        if let Hold::Request(slot, _) = &keep.hold {
             slot.begin_operation();
         }
         let entry = Some(Entry { state: State::InFlight(Some(waker)), keep });
@@ -125,7 +126,7 @@ impl Operations {
         let mut done = Completed::default();
         let Some(Some(entry)) = self.entries.get_mut(index as usize) else { return done };
         self.in_flight -= 1;
-        if let Hold::Request(slot) = &entry.keep.hold
+        if let Hold::Request(slot, _) = &entry.keep.hold
             && slot.end_operation() == 0
         {
             done.quiet = Some(Arc::clone(slot));
@@ -143,19 +144,21 @@ impl Operations {
         self.entries.iter().enumerate().filter_map(move |(index, entry)| match entry {
             Some(Entry {
                 state: State::InFlight(_) | State::Orphan,
-                keep: Keep { hold: Hold::Request(s), .. },
+                keep: Keep { hold: Hold::Request(s, _), .. },
             }) if Arc::ptr_eq(s, slot) => u32::try_from(index).ok(),
             _ => None,
         })
     }
 
-    /// The operations in flight for requests of the queue `key` that were revoked.
+    /// The operations in flight for requests of the queue `key` that were revoked, or will be when these have ended.
     pub(crate) fn on_lost_requests(&self, key: u32) -> impl Iterator<Item = u32> + '_ {
         self.entries.iter().enumerate().filter_map(move |(index, entry)| match entry {
             Some(Entry {
                 state: State::InFlight(_) | State::Orphan,
-                keep: Keep { hold: Hold::Request(s), .. },
-            }) if s.place().key == key && s.is_revoked() => u32::try_from(index).ok(),
+                keep: Keep { hold: Hold::Request(s, _), .. },
+            }) if s.place().key == key && (s.is_revoked() || s.works_on_shared_memory()) => {
+                u32::try_from(index).ok()
+            }
             _ => None,
         })
     }

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use super::core::{Core, Shared};
 use super::mailbox::Mailbox;
 use super::queue::Start;
-use super::turn::{HandlerFactory, Message, Worker, lose, refuse};
+use super::turn::{HandlerFactory, Message, Worker, Wreck, lose, refuse};
 use crate::control::Control;
 use crate::error::{Error, ErrorKind, Result};
+use crate::sys::thread::ExitWatch;
 use crate::sys::{fork, thread};
 use crate::uring::worker_ring::{Size, defers};
 
@@ -71,13 +72,16 @@ impl WorkerHandle {
                 Ok((core, warnings)) => {
                     shared.fill(core);
                     let _ = report.send(Ok((std::thread::current().id(), warnings)));
-                    Worker::new(shared, mailbox).run();
+                    match Worker::new(shared, mailbox).run() {
+                        Some(wreck) => bury(wreck, ended),
+                        None => ended.set(),
+                    }
                 }
                 Err(e) => {
                     let _ = report.send(Err(e));
+                    ended.set();
                 }
             }
-            ended.set();
         })?;
         let (id, warnings) = started.recv().unwrap_or_else(|_| {
             Err(Error::new(ErrorKind::WorkerDied, "start a worker").because("it ended at once"))
@@ -165,6 +169,32 @@ impl Drop for WorkerHandle {
         if self.generation == fork::generation() {
             self.end();
         }
+    }
+}
+
+/// How long the kernel may take to end a thread that has nothing left to do.
+const LAST_BREATH: Duration = Duration::from_secs(5);
+
+/// On a dying worker's thread: has another remove what it leaves when it has ended.
+fn bury(wreck: Wreck, ended: Arc<Ended>) {
+    let watch = ExitWatch::on_this_thread();
+    let (wreck, theirs) = (Arc::new(Mutex::new(Some(wreck))), Arc::clone(&ended));
+    let left = Arc::clone(&wreck);
+    let remove = move |wreck: &Mutex<Option<Wreck>>| {
+        if let Some(wreck) = wreck.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            wreck.remove();
+        }
+    };
+    let spawned = thread::spawn("ublk-undertaker".to_owned(), move || {
+        if let Some(watch) = watch {
+            let _ = watch.wait(LAST_BREATH);
+        }
+        remove(&left);
+        theirs.set();
+    });
+    if spawned.is_err() {
+        remove(&wreck);
+        ended.set();
     }
 }
 

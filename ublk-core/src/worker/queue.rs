@@ -11,6 +11,7 @@ use super::mailbox::Mailbox;
 use super::meter::Meter;
 use super::path::DataPath;
 use super::portal::{Portal, Reach};
+use super::shared::SharedBuffers;
 use super::slot::{Buffer, Outcome, Place, Slot};
 use crate::control::Integrity;
 use crate::error::{Errno, Error, ErrorKind};
@@ -43,6 +44,8 @@ pub(crate) trait Events: Send + Sync {
 pub(crate) struct Start {
     pub(crate) device: u32,
     pub(crate) queue: u16,
+    /// In batches any lane may be given any tag; otherwise each has its own.
+    pub(crate) lane: Lane,
     pub(crate) depth: u16,
     /// The size of each tag's buffer, in bytes.
     pub(crate) buffer: u32,
@@ -55,12 +58,32 @@ pub(crate) struct Start {
     pub(crate) path: DataPath,
     /// Requests come and go in batches.
     pub(crate) batched: bool,
+    pub(crate) shared: Arc<SharedBuffers>,
     /// Appends say where they went.
     pub(crate) zoned: bool,
     /// Metadata beside the data.
     pub(crate) integrity: Option<Integrity>,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
+}
+
+/// Which part of a queue a worker serves, where several share it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lane {
+    pub(crate) index: u16,
+    pub(crate) count: u16,
+}
+
+impl Lane {
+    /// Whether the tag's commands are this lane's.
+    fn owns(self, tag: u16) -> bool {
+        tag % self.count == self.index
+    }
+
+    /// How many of a queue's tags are this lane's.
+    fn tags(self, depth: u16) -> u16 {
+        (depth - self.index).div_ceil(self.count)
+    }
 }
 
 pub(crate) struct Queue {
@@ -155,13 +178,18 @@ impl Queue {
     pub(crate) fn offer(&mut self) -> Vec<Entry> {
         let (key, commands) = (self.key, self.commands);
         match &mut self.batch {
-            Some(batch) => batch.start(self.slots.iter().map(|slot| &**slot)).into(),
+            Some(batch) => {
+                let slots = self.slots.iter().map(|slot| &**slot);
+                let offer = (self.start.lane.index == 0).then(|| batch.offer(slots));
+                offer.into_iter().chain([batch.fetch()]).collect()
+            }
             None => {
                 let entry = |slot: &Arc<Slot>| {
                     let token = Token::Command { key, tag: slot.place().tag };
                     commands.fetch(slot).user_data(token.encode())
                 };
-                self.slots.iter().map(entry).collect()
+                let lane = self.start.lane;
+                self.slots.iter().filter(|slot| lane.owns(slot.place().tag)).map(entry).collect()
             }
         }
     }
@@ -197,6 +225,11 @@ impl Queue {
     /// Whether the ring's table of buffers has places for the queue's tags.
     pub(crate) fn registers(&self) -> bool {
         self.start.path.registers()
+    }
+
+    /// Whether several workers serve the queue.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.start.lane.count > 1
     }
 
     pub(crate) fn depth(&self) -> u16 {
@@ -270,7 +303,21 @@ impl Queue {
                 self.start.meter.unregistered.add(1);
             }
         }
-        Ok(Request::new(slot, op, &desc))
+        let shared = match desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 && op.has_data() {
+            true => self.start.shared.part_of(&desc, bytes),
+            false => None,
+        };
+        if shared.is_none() && desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 {
+            // The driver has not brought the data, and its place is unknown.
+            tracing::error!(
+                device = self.start.device,
+                tag,
+                "a request in shared memory that is unknown"
+            );
+            return end(Errno::EIO);
+        }
+        slot.set_shared(shared.is_some());
+        Ok(Request::new(slot, op, &desc, shared))
     }
 
     fn op_of(&self, tag: u16) -> Op {
@@ -369,7 +416,9 @@ impl Queue {
         self.refusing = true;
         let mut entries = Vec::new();
         for tag in 0..self.start.depth {
-            if !self.slots[usize::from(tag)].revoke() {
+            let slot = &self.slots[usize::from(tag)];
+            // What works on the client's own memory is cancelled first; then the request ends by itself.
+            if slot.works_on_shared_memory() || !slot.revoke() {
                 continue;
             }
             let op = self.op_of(tag);
@@ -453,7 +502,7 @@ impl Queue {
     /// A tag's command came back for good. Whether it was the last.
     pub(crate) fn came_home(&mut self, _tag: u16) -> bool {
         self.home += 1;
-        self.home == self.start.depth
+        self.home == self.start.lane.tags(self.start.depth)
     }
 
     pub(crate) fn has_touched_memory(&self) -> bool {

@@ -18,6 +18,7 @@ use io_uring::{opcode, squeue, types};
 use super::core::{Shared, Token};
 use super::operations::{Hold, Keep};
 use super::portal;
+use crate::error::Errno;
 use crate::request::{Op, Request};
 use crate::uring::sqe::Target;
 
@@ -245,7 +246,8 @@ impl Ring {
         range: Range<usize>,
     ) -> io::Result<usize> {
         let (start, len) = part(request, Op::Read, &range)?;
-        if !request.is_buffered()
+        if request.shared().is_none()
+            && !request.is_buffered()
             && let Some(index) = self.pages_of(request)
         {
             let at = std::ptr::without_provenance_mut(range.start);
@@ -262,7 +264,7 @@ impl Ring {
         request.slot_for_ring().soil(range.end as u32);
         let entry = opcode::Read::new(fd(file), start, len).offset(offset).build();
         let n = self.with_request(Some(file), entry, request).await? as usize;
-        if !request.is_buffered() {
+        if !request.is_buffered() && request.shared().is_none() {
             self.through_portal(request, range.start..range.start + n).await?;
         }
         request.filled_by_ring(range.start as u32..(range.start + n) as u32);
@@ -291,7 +293,8 @@ impl Ring {
         let op = if request.op() == Op::ZoneAppend { Op::ZoneAppend } else { Op::Write };
         let (start, len) = part(request, op, &range)?;
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
-        if !request.is_buffered()
+        if request.shared().is_none()
+            && !request.is_buffered()
             && let Some(index) = self.pages_of(request)
         {
             let at = std::ptr::without_provenance(range.start);
@@ -304,7 +307,7 @@ impl Ring {
                 written => return written.map(|n| n as usize),
             }
         }
-        if !request.is_buffered() {
+        if !request.is_buffered() && request.shared().is_none() {
             request.slot_for_ring().soil(range.end as u32);
             self.through_portal(request, range).await?;
         }
@@ -358,8 +361,10 @@ impl Ring {
         request: &Request,
     ) -> io::Result<u32> {
         let slot = Arc::clone(request.slot_for_ring());
-        let keep = Keep { hold: Hold::Request(slot), file: file.map(|file| Arc::clone(&file.0)) };
-        // SAFETY: an address is within the slot's buffer (`part`), which `keep` keeps; while the operation
+        let shared = request.shared().map(|part| Arc::clone(part.map()));
+        let file = file.map(|file| Arc::clone(&file.0));
+        let keep = Keep { hold: Hold::Request(slot, shared), file };
+        // SAFETY: an address is within the slot's buffer or the shared memory (`part`), which `keep` keeps; while the operation
         // is counted on the slot, the request refuses access by reference (to what is written) and the worker
         // does not give the memory to the kernel's driver. Of an operation on registered pages it is an offset
         // in these, which the kernel checks.
@@ -379,6 +384,10 @@ fn part(request: &Request, op: Op, range: &Range<usize>) -> io::Result<(*mut u8,
     let fits = range.start < range.end && range.end as u64 <= request.len();
     if request.op() != op || !fits {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    if let Some(shared) = request.shared().filter(|_| !request.is_buffered()) {
+        let start = shared.address(range.start, range.len());
+        return Ok((start.ok_or(Errno::EFAULT)?, range.len() as u32));
     }
     let buffer = request.slot_for_ring().buffer();
     // SAFETY: the range is inside of the request's length, which is inside of the buffer.
@@ -410,7 +419,7 @@ impl Future for Operation {
                     return Poll::Ready((Err(io::Error::from_raw_os_error(libc::ECANCELED)), keep));
                 };
                 // The tag may be another request's, and its pages too.
-                if matches!(&keep.hold, Hold::Request(slot) if !slot.is_owned()) {
+                if matches!(&keep.hold, Hold::Request(slot, _) if !slot.is_owned()) {
                     return Poll::Ready((Err(io::Error::from_raw_os_error(libc::ECANCELED)), keep));
                 }
                 if !core.room_or_park(context.waker()) {

@@ -19,7 +19,7 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::handoff::{Link, Linked};
@@ -117,6 +117,7 @@ pub(crate) struct Slot {
     mailbox: Arc<Mailbox>,
     /// How the request gets to its data, unless the driver copies it to and from the buffer.
     reach: Option<Reach>,
+    shared: AtomicBool,
     /// Ring operations in flight on the buffer or the request's pages. The worker commits only at zero.
     operations: AtomicU32,
     /// The buffer is zero from this byte on: what has to be zeroed for a read ends there.
@@ -145,6 +146,7 @@ impl Slot {
             buffer,
             mailbox,
             reach,
+            shared: AtomicBool::new(false),
             operations: AtomicU32::new(0),
             dirty: AtomicU32::new(0),
             append_sector: AtomicU64::new(0),
@@ -225,13 +227,12 @@ impl Slot {
     }
 
     /// Moves data of the request that has the slot, which is not revoked meanwhile.
-    fn moving(&self, step: impl FnOnce(&Portal) -> Result<(), Errno>) -> Result<(), Errno> {
-        let portal = self.reach().ok_or(Errno::EINVAL)?.portal();
+    pub(crate) fn moving(&self, step: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
         let moving = OWNED | MOVING;
         self.state
             .compare_exchange(OWNED, moving, Ordering::AcqRel, Ordering::Relaxed)
             .map_err(|_| Errno::ECANCELED)?;
-        let result = step(portal);
+        let result = step();
         // Nothing else changes the word from there.
         self.state.store(OWNED, Ordering::Release);
         result
@@ -244,20 +245,37 @@ impl Slot {
     /// The caller is the request, `len` is within the buffer, and nobody has a reference into it or works on it.
     pub(crate) unsafe fn pull(&self, len: usize) -> Result<(), Errno> {
         let to = self.buffer.start().as_ptr();
+        let portal = self.portal()?;
         // SAFETY: within the buffer, which is the request's alone.
-        self.moving(|portal| unsafe { portal.pull(self.place, 0, to, len) })
+        self.moving(|| unsafe { portal.pull(self.place, 0, to, len) })
     }
 
     /// Copies data to the read that has the slot, from its byte `at` on.
     pub(crate) fn push(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
-        self.moving(|portal| portal.push(self.place, at, data))
+        let portal = self.portal()?;
+        self.moving(|| portal.push(self.place, at, data))
+    }
+
+    fn portal(&self) -> Result<&Portal, Errno> {
+        Ok(self.reach().ok_or(Errno::EINVAL)?.portal())
+    }
+
+    /// The data of the request that has the slot is in memory that its client sees, too. The worker's thread only.
+    pub(crate) fn set_shared(&self, shared: bool) {
+        self.shared.store(shared, Ordering::Relaxed);
+    }
+
+    /// Whether ring operations are at work on memory that the request's client sees.
+    pub(crate) fn works_on_shared_memory(&self) -> bool {
+        self.shared.load(Ordering::Relaxed) && self.operations() > 0
     }
 
     /// Copies the metadata of the write that has the slot.
     pub(crate) fn pull_metadata(&self, buf: &mut [u8]) -> Result<(), Errno> {
         let (to, len) = (buf.as_mut_ptr(), buf.len());
+        let portal = self.portal()?;
         // SAFETY: a live slice, borrowed mutably.
-        self.moving(|portal| unsafe { portal.pull(self.place, METADATA, to, len) })
+        self.moving(|| unsafe { portal.pull(self.place, METADATA, to, len) })
     }
 
     /// Copies metadata to the read that has the slot.

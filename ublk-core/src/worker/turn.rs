@@ -74,8 +74,9 @@ impl Worker {
     }
 
     /// Serves until told to end. Whatever happens in here, the ring is gone and every device knows when
-    /// it returns.
-    pub(crate) fn run(mut self) {
+    /// it returns, unless it returns a [`Wreck`]: that has to be removed when the thread has ended.
+    #[must_use]
+    pub(crate) fn run(mut self) -> Option<Wreck> {
         let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
         let error = match ended {
             Ok(Ok(End::Quiet | End::Taken)) => None,
@@ -92,9 +93,13 @@ impl Worker {
             }
         };
         let unread = self.mailbox.close();
-        if let Some(core) = self.shared.take() {
-            lose(core, error.as_ref());
-        }
+        let wreck = self.shared.take().and_then(|core| match core.may_go_before_its_thread() {
+            true => {
+                lose(core, error.as_ref());
+                None
+            }
+            false => Some(Wreck { core, error }),
+        });
         for message in unread {
             if let Message::Attach(start, _) = message {
                 let gone = Error::new(ErrorKind::WorkerDied, "give the queue to a worker");
@@ -107,6 +112,7 @@ impl Worker {
         for served in served.into_iter().flatten() {
             let _ = catch_unwind(AssertUnwindSafe(|| drop(served)));
         }
+        wreck
     }
 
     fn serve(&mut self) -> Result<End> {
@@ -254,6 +260,21 @@ impl Worker {
 
 /// How long a worker waits at its end for ring operations whose futures were dropped.
 const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a worker that died leaves behind where its ring must outlive its thread.
+///
+/// Drivers before PER_IO_DAEMON abort a dead server's requests once, and what they hand to its thread afterwards is
+/// answered by nobody. When the thread ends first, the kernel sees to both.
+pub(crate) struct Wreck {
+    core: Core,
+    error: Option<Error>,
+}
+
+impl Wreck {
+    pub(crate) fn remove(self) {
+        lose(self.core, self.error.as_ref());
+    }
+}
 
 /// Drops a core with its queues on it, and tells their devices.
 pub(crate) fn lose(core: Core, error: Option<&Error>) {

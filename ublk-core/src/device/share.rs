@@ -1,0 +1,227 @@
+//! Memory that a disk's clients share with its server, so that their data need not be copied.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use super::life::{Life, Phase};
+use super::running::Device;
+use crate::control::Features;
+use crate::error::{Errno, Error, ErrorKind, Result};
+use crate::sys::memory::page_size;
+use crate::sys::shared_memory::{self, SharedMap};
+use crate::uapi::{self, ublk_shmem_buf_reg};
+
+/// The most bytes of one shared buffer (`UBLK_SHMEM_BUF_SIZE_MAX`).
+const MOST: u64 = 1 << 32;
+
+/// Memory in a file that a disk's clients and its server both map.
+///
+/// A client that does direct I/O from and to such memory, once it is [shared](Device::share), has its data used where it
+/// is: ring operations of the backend ([`Ring::read_to_request`](crate::Ring::read_to_request)) work on it, and
+/// [`Request::put`](crate::Request::put) writes to it. Since the client may write to it at any time, it is never seen
+/// as a slice: [`Request::data`](crate::Request::data) is a copy. All other I/O goes on as before.
+///
+/// ```no_run
+/// use std::os::fd::AsRawFd;
+/// use ublk_core::{Builder, SharedBuffer, control::Features, targets::Mem};
+///
+/// # fn main() -> ublk_core::Result<()> {
+/// let disk = Mem::new(1 << 30).builder().require(Features::SHMEM_ZC).start()?;
+/// let buffer = SharedBuffer::new(4 << 20)?;
+/// let number = disk.share(&buffer)?;
+/// println!("clients map /proc/{}/fd/{}", std::process::id(), buffer.as_file().as_raw_fd());
+/// disk.unshare(number)?;
+/// # Ok(())
+/// # }
+/// ```
+pub struct SharedBuffer {
+    file: OwnedFd,
+    map: Arc<SharedMap>,
+    read_only: bool,
+}
+
+impl SharedBuffer {
+    /// A new memory file (`memfd_create(2)`) of `bytes` bytes, a multiple of the page size up to 4 GiB, sealed at that
+    /// size.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] for another size, and what keeps the file from being made.
+    pub fn new(bytes: u64) -> Result<Self> {
+        Self::create(bytes, false)
+    }
+
+    /// As [`new`](Self::new), of the system's huge pages, which have to be reserved (`vm.nr_hugepages`); `bytes` is a
+    /// multiple of their size.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); `ENOMEM` if too few are reserved.
+    pub fn huge(bytes: u64) -> Result<Self> {
+        Self::create(bytes, true)
+    }
+
+    fn create(bytes: u64, huge_pages: bool) -> Result<Self> {
+        let len = check(bytes)?;
+        let file = shared_memory::sealed_file(len, huge_pages).map_err(|errno| {
+            let error = Error::new(ErrorKind::Io, "make shared memory").with_errno(errno);
+            match huge_pages {
+                true => error.remedy_is("reserve huge pages (sysctl vm.nr_hugepages)"),
+                false => error,
+            }
+        })?;
+        // SAFETY: the file is sealed at this size.
+        unsafe { Self::map(file, len, false) }
+    }
+
+    /// From a memory file of somebody else's, which must be sealed against shrinking (`F_SEAL_SHRINK`): otherwise its
+    /// owner could take memory away that is in use. `read_only` is for files that may not be written to; such memory
+    /// serves writes of the client alone.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] without that seal or for a size that is no multiple of the page size up to 4 GiB,
+    /// and what keeps the file from being mapped.
+    pub fn from_memfd(file: OwnedFd, read_only: bool) -> Result<Self> {
+        if !shared_memory::cannot_shrink(file.as_fd()) {
+            return Err(refused("the file is not sealed against shrinking")
+                .remedy_is("seal it (fcntl F_ADD_SEALS, F_SEAL_SHRINK), which takes a memfd"));
+        }
+        // SAFETY: sealed against shrinking.
+        unsafe { Self::from_file(file, read_only) }
+    }
+
+    /// From any file, in hugetlbfs for instance.
+    ///
+    /// # Safety
+    ///
+    /// Nobody shrinks the file while the buffer or a device that shares it lives: an access to what is not there ends
+    /// the process.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_memfd`](Self::from_memfd), but for the seal.
+    pub unsafe fn from_file(file: OwnedFd, read_only: bool) -> Result<Self> {
+        let bytes = shared_memory::size_of_file(file.as_fd())
+            .map_err(|errno| Error::new(ErrorKind::Io, ATTEMPT).with_errno(errno))?;
+        let len = check(bytes)?;
+        // SAFETY: the caller's promise.
+        unsafe { Self::map(file, len, read_only) }
+    }
+
+    /// # Safety
+    ///
+    /// The file has `len` bytes for as long as the mapping lives.
+    unsafe fn map(file: OwnedFd, len: usize, read_only: bool) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let map = unsafe { SharedMap::new(file.as_fd(), len, !read_only) };
+        let map =
+            map.map_err(|errno| Error::new(ErrorKind::Io, "map shared memory").with_errno(errno))?;
+        Ok(SharedBuffer { file, map: Arc::new(map), read_only })
+    }
+
+    /// The file, to be handed to clients.
+    pub fn as_file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Its size in bytes.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> u64 {
+        self.map.len() as u64
+    }
+}
+
+impl std::fmt::Debug for SharedBuffer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SharedBuffer")
+            .field("len", &self.len())
+            .field("read_only", &self.read_only)
+            .finish_non_exhaustive()
+    }
+}
+
+const ATTEMPT: &str = "share memory with the disk's clients";
+
+fn refused(cause: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidParameter, ATTEMPT).because(cause.into())
+}
+
+fn check(bytes: u64) -> Result<usize> {
+    let page = page_size() as u64;
+    let fits = bytes > 0 && bytes <= MOST && bytes.is_multiple_of(page);
+    usize::try_from(bytes).ok().filter(|_| fits).ok_or_else(|| {
+        refused(format!("{bytes} bytes: it must be a multiple of {page} from {page} to {MOST}"))
+    })
+}
+
+impl Device {
+    /// Has the driver look for requests whose data lies in this memory. Returns the buffer's number with this device.
+    ///
+    /// The memory stays locked until [`unshare`](Self::unshare) or the device's end. The disk stands still for a moment,
+    /// until the requests that are out are answered.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Unsupported`] unless the device was granted [`SHMEM_ZC`](Features::SHMEM_ZC) (since Linux 7.1),
+    /// [`ErrorKind::WrongState`] if it is ending, [`ErrorKind::WouldDeadlock`] on one of its own threads; `EEXIST` if a
+    /// part of the memory is shared already.
+    pub fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
+        self.life().share(buffer)
+    }
+
+    /// Ends the sharing of the buffer with this number, once the requests that are out are answered.
+    ///
+    /// # Errors
+    ///
+    /// As [`share`](Self::share); `ENOENT` if there is no such buffer.
+    pub fn unshare(&self, number: u16) -> Result<()> {
+        self.life().unshare(number)
+    }
+}
+
+impl Life {
+    /// Neither works on a thread that serves the device: the driver waits for its requests.
+    fn may_share(&self) -> Result<()> {
+        self.check_process(ATTEMPT)?;
+        self.check_thread(ATTEMPT)?;
+        let fail = |kind| Error::new(kind, ATTEMPT).on_device(self.info.id);
+        let wanted = Features::SHMEM_ZC;
+        if !self.info.features.contains(wanted) {
+            let since = wanted.since().unwrap_or_default();
+            return Err(fail(ErrorKind::Unsupported)
+                .because(format!("it was added without {wanted} (since Linux {since})"))
+                .remedy_is("require the feature when the device is built"));
+        }
+        if self.lock().phase != Phase::Live {
+            return Err(fail(ErrorKind::WrongState).because("it is ending, or has ended"));
+        }
+        Ok(())
+    }
+
+    fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
+        self.may_share()?;
+        let (id, len) = (self.info.id, buffer.len());
+        let Some(start) = buffer.map.range(0, buffer.map.len()) else {
+            unreachable!("the whole is within")
+        };
+        let flags = if buffer.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 };
+        let addr = start.as_ptr() as u64;
+        let registration = ublk_shmem_buf_reg { addr, len, flags, reserved: 0 };
+        self.shared.register(&buffer.map, || {
+            // SAFETY: the registry keeps the mapping from now on, and whoever looks at requests' data in it makes raw
+            // copies. Should the call fail after all the driver has pinned the pages by itself.
+            let number = unsafe { self.control.reg_buf(id, &registration) }?;
+            u16::try_from(number).map_err(|_| {
+                Error::new(ErrorKind::Io, ATTEMPT).on_device(id).with_errno(Errno::EOVERFLOW)
+            })
+        })
+    }
+
+    fn unshare(&self, number: u16) -> Result<()> {
+        self.may_share()?;
+        self.control.unreg_buf(self.info.id, number.into())?;
+        self.shared.forget(number);
+        Ok(())
+    }
+}

@@ -1,0 +1,162 @@
+//! Devices that lose their disk and get another: STOP, and START once more.
+
+mod disk;
+
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::Arc;
+
+use disk::{Client, Held, SOON, devices, no_devices};
+use ublk_core::control::{Control, DeviceState, Features};
+use ublk_core::targets::Mem;
+use ublk_core::{
+    Added, Backend, Builder, Capabilities, Device, Ending, ErrorKind, RequestFlags, Running,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// Memory that lives as long as any of its disks.
+struct Kept(Arc<Mem>);
+
+impl Backend for Kept {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::WRITE
+    }
+    fn read(&self, buf: &mut [u8], offset: u64) -> std::io::Result<usize> {
+        self.0.read_at(buf, offset).map(|()| buf.len())
+    }
+    fn write(&self, data: &[u8], offset: u64, _: RequestFlags) -> std::io::Result<usize> {
+        self.0.write_at(data, offset).map(|()| data.len())
+    }
+}
+
+fn disk(memory: &Arc<Mem>, size: u64) -> Builder {
+    Builder::new(size, Kept(Arc::clone(memory))).queue_depth(8)
+}
+
+/// Whether the driver starts a device a second time.
+fn restarts() -> bool {
+    let can = Control::open().unwrap().features().unwrap().contains(Features::IO_DESC_SIZE);
+    if !can {
+        println!("\nnot run: the driver starts no device a second time");
+    }
+    can
+}
+
+fn halt(disk: Running) -> Added {
+    disk::bounded("a halt", move || disk.halt(SOON).unwrap())
+}
+
+fn block_size(disk: &Device) -> u64 {
+    let path = format!("/sys/block/ublkb{}/queue/logical_block_size", disk.id());
+    std::fs::read_to_string(path).unwrap().trim().parse().unwrap()
+}
+
+#[test]
+fn a_driver_that_starts_no_device_twice_is_named_and_the_disk_goes_on() {
+    if Control::open().unwrap().features().unwrap().contains(Features::IO_DESC_SIZE) {
+        println!("\nnot run: the driver starts devices as often as one likes");
+        return;
+    }
+    let running = disk(&Arc::new(Mem::new(MIB)), MIB).start().unwrap();
+    let failed = running.halt(SOON).unwrap_err();
+    assert_eq!(failed.error.kind(), ErrorKind::Unsupported);
+    assert!(failed.error.to_string().contains("since Linux 7.3"), "{}", failed.error);
+    Client::open(failed.device.path()).read(0, 4096).unwrap();
+    failed.device.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn a_device_is_halted_and_started_ten_times_and_keeps_its_number_and_data() {
+    if !restarts() {
+        return;
+    }
+    let memory = Arc::new(Mem::new(MIB));
+    let mut running = disk(&memory, MIB).fingerprint(77).start().unwrap();
+    let id = running.id();
+    let mut held = None;
+    for round in 0..10u8 {
+        let client = Client::open(running.path());
+        if round > 0 {
+            assert_eq!(client.read(0, 4096).unwrap(), [round; 4096]);
+        }
+        client.write(0, &[round + 1; 4096]).unwrap();
+        drop(client);
+        let old = running.handle();
+        let added = halt(running);
+        assert_eq!(
+            (old.wait().unwrap(), old.state().unwrap()),
+            (Ending::Stopped, DeviceState::Dead)
+        );
+        // A handle of its former life does not delete it.
+        old.stop_force(SOON).unwrap();
+        assert_eq!((added.id(), devices()), (id, vec![id]));
+        assert!(!running_disk(id));
+        running = added.start().unwrap();
+        assert_eq!((running.id(), running.info().server_flags), (id, 77));
+        assert_eq!(old.ending(), Some(Ending::Stopped));
+        held.get_or_insert_with(Held::now).is_again();
+    }
+    assert_eq!(running.stop(SOON).unwrap().id, id);
+    no_devices();
+}
+
+fn running_disk(id: u32) -> bool {
+    std::path::Path::new(&format!("/sys/block/ublkb{id}")).exists()
+}
+
+#[test]
+fn between_two_lives_a_disk_may_be_described_anew() {
+    if !restarts() {
+        return;
+    }
+    let memory = Arc::new(Mem::new(8 * MIB));
+    let running = disk(&memory, MIB).start().unwrap();
+    running.resize(2 * MIB).unwrap();
+    let (id, depth) = (running.id(), running.info().queue_depth);
+    let mut added = halt(running);
+    assert_eq!(added.info().capacity, Some(2 * MIB), "a resize is not forgotten");
+    let e = added.describe(disk(&memory, 1000)).unwrap_err();
+    assert_eq!((e.kind(), e.device()), (ErrorKind::InvalidParameter, Some(id)));
+    let e = added.describe(disk(&memory, MIB).require(Features::USER_RECOVERY)).unwrap_err();
+    assert_eq!((e.kind(), e.device()), (ErrorKind::Unsupported, Some(id)));
+    added.describe(disk(&memory, 4 * MIB).logical_block_size(4096).queue_depth(64)).unwrap();
+    let running = added.start().unwrap();
+    assert_eq!((running.params().capacity(), block_size(&running)), (4 * MIB, 4096));
+    assert_eq!(running.info().queue_depth, depth, "settled when it was added");
+    assert_eq!(running.info().capacity, Some(4 * MIB));
+    Client::open(running.path()).write(4 * MIB - 4096, &[1; 4096]).unwrap();
+    // Read-only, by another backend, not started: a drop deletes what was halted.
+    let mut added = halt(running);
+    added.describe(disk(&memory, 4 * MIB).read_only(true)).unwrap();
+    let running = added.start().unwrap();
+    assert!(running.params().read_only());
+    assert_eq!(Client::reader(running.path()).read(4 * MIB - 4096, 4096).unwrap(), [1; 4096]);
+    drop(halt(running));
+    no_devices();
+}
+
+#[test]
+fn a_disk_that_is_used_is_not_halted_and_goes_on() {
+    if !restarts() {
+        return;
+    }
+    let running = disk(&Arc::new(Mem::new(MIB)), MIB).start().unwrap();
+    let client = Client::open(running.path());
+    let failed = running.halt(std::time::Duration::from_millis(100)).unwrap_err();
+    assert_eq!(failed.error.kind(), ErrorKind::Busy);
+    assert!(!failed.error.holders().is_empty());
+    client.write(0, &[1; 4096]).unwrap();
+    drop(client);
+    let running = halt(failed.device).start().unwrap();
+    // Everybody who may open the disk can: a TRY_STOP would have kept the unprivileged out of this life, too.
+    let path = running.path().to_path_buf();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+    let mut dd = Command::new("dd");
+    dd.arg(format!("if={}", path.display())).args(["of=/dev/null", "count=1"]).uid(65_534);
+    let out = dd.output().unwrap();
+    assert!(out.status.success(), "{out:?}");
+    running.stop(SOON).unwrap();
+    no_devices();
+}
