@@ -4,7 +4,7 @@ use super::{Op, Request};
 use crate::error::Errno;
 
 impl Request {
-    /// Bytes of integrity metadata that come with the data; 0 without [`RequestFlags::integrity`].
+    /// Bytes of integrity metadata that come with the data; 0 without [`RequestFlags::integrity`](crate::RequestFlags::integrity).
     pub fn metadata_len(&self) -> usize {
         let integrity = self.slot().reach().and_then(|reach| reach.portal().integrity());
         match integrity {
