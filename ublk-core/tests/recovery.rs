@@ -293,7 +293,8 @@ fn killed_with_every_tag(name: &str) -> Vec<i32> {
     let clients: Vec<_> = (0..4)
         .map(|i| {
             let path = disk_of(id);
-            std::thread::spawn(move || Client::reader(&path).read_errno(MIB + i * 4096, 4096))
+            // Apart, so that the block layer does not merge them.
+            std::thread::spawn(move || Client::reader(&path).read_errno(MIB + i * 8192, 4096))
         })
         .collect();
     for _ in 0..4 {
