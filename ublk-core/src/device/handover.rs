@@ -220,7 +220,9 @@ impl Life {
                     ));
                 }
                 DeviceState::Dead => {
-                    return Err(self.refuse(ErrorKind::WrongState, "somebody stopped it meanwhile"));
+                    return Err(self
+                        .refuse(ErrorKind::WrongState, "somebody stopped it meanwhile")
+                        .remedy_is("delete it (Control::delete)"));
                 }
                 _ => return Ok(()),
             }
