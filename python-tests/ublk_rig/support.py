@@ -50,7 +50,7 @@ CAPABILITIES = (
     Capability("Bring-up, many devices, nothing left behind", r"life::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
-    Capability("Live handover: no failed I/O under fio and ext4", r"handover::"),
+    Capability("Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::"),
     Capability("A device that is stopped and started again", r"restart::"),
     Capability("Commands by bare numbers (legacy opcodes)", r"legacy::"),
     Capability("Resizing; no scan for partitions", r"resize::"),

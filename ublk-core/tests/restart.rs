@@ -11,6 +11,7 @@ use ublk_core::control::{Control, DeviceState, Features};
 use ublk_core::targets::Mem;
 use ublk_core::{
     Added, Backend, Builder, Capabilities, Device, Ending, ErrorKind, RequestFlags, Running,
+    Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -158,5 +159,36 @@ fn a_disk_that_is_used_is_not_halted_and_goes_on() {
     let out = dd.output().unwrap();
     assert!(out.status.success(), "{out:?}");
     running.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn a_disk_on_shared_workers_and_one_that_can_be_recovered_are_restarted_beside_others() {
+    if !restarts() {
+        return;
+    }
+    let pool = Workers::new(1).unwrap();
+    let memory = Arc::new(Mem::new(MIB));
+    let neighbour = disk(&memory, MIB).workers(&pool).start().unwrap();
+    let recoverable = disk(&memory, MIB).require(Features::USER_RECOVERY).workers(&pool);
+    let mut running = recoverable.start().unwrap();
+    for round in 0..3u8 {
+        Client::open(running.path()).write(4096, &[round; 4096]).unwrap();
+        running = halt(running).start().unwrap();
+        assert_eq!(Client::open(neighbour.path()).read(4096, 4096).unwrap(), [round; 4096]);
+    }
+    // It is what it was also in this respect.
+    if running.features().contains(Features::QUIESCE) {
+        let id = running.id();
+        running.hand_over(SOON).unwrap();
+        let control = Control::open().unwrap();
+        running = disk(&memory, MIB).recover(id, &control).unwrap();
+        assert_eq!(Client::open(running.path()).read(4096, 4096).unwrap(), [2; 4096]);
+        // Nor does it matter who started it.
+        running = halt(running).start().unwrap();
+        Client::open(running.path()).read(4096, 4096).unwrap();
+    }
+    running.stop(SOON).unwrap();
+    neighbour.stop(SOON).unwrap();
     no_devices();
 }

@@ -121,8 +121,8 @@ impl Life {
         if !free {
             return Err(self.refuse(
                 ErrorKind::TimedOut,
-                "the backend is stuck: the disk is quiesced, and the next server has to wait for the end of \
-                 this process",
+                "the backend is stuck: nobody answers the disk until this process has ended, which the next \
+                 server waits for",
             ));
         }
         self.wait_closed(deadline.max(Instant::now() + PATIENCE))?;
@@ -151,10 +151,12 @@ impl Life {
     /// the deadline. An error if the driver was not asked, or refused: then the disk is served on.
     fn quiesce(&self, deadline: Instant) -> Result<()> {
         if !self.wait_answered_requests(deadline) {
-            return Err(self.refuse(
-                ErrorKind::TimedOut,
-                "the backend has not answered the requests that it had; this server goes on with the disk",
-            ));
+            return Err(self.failure().unwrap_or_else(|| {
+                self.refuse(
+                    ErrorKind::TimedOut,
+                    "the backend has not answered the requests that it had; this server goes on with the disk",
+                )
+            }));
         }
         let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
         match self.control.quiesce_dev(self.info.id, IDLE_MS, &wait) {
@@ -220,7 +222,9 @@ impl Life {
                     ));
                 }
                 DeviceState::Dead => {
-                    return Err(self.refuse(ErrorKind::WrongState, "somebody stopped it meanwhile"));
+                    return Err(self
+                        .refuse(ErrorKind::WrongState, "somebody stopped it meanwhile")
+                        .remedy_is("delete it (Control::delete)"));
                 }
                 _ => return Ok(()),
             }
