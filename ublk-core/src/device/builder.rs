@@ -281,6 +281,10 @@ impl Builder {
     }
 
     /// Features without which there is to be no device.
+    ///
+    /// With [`UNPRIVILEGED_DEV`](Features::UNPRIVILEGED_DEV) the device belongs to the calling user, who needs no
+    /// privilege to make it, serve it, use it and delete it. The driver gives it to callers without CAP_SYS_ADMIN
+    /// only; it copies the data, cannot be recovered, and needs the udev rules that `docs/unprivileged.md` describes.
     pub fn require(mut self, features: Features) -> Self {
         self.features.require |= features;
         self
@@ -366,9 +370,14 @@ impl Builder {
         self
     }
 
+    /// Whether the driver may make it an unprivileged device.
+    pub(super) fn may_be_unprivileged(&self) -> bool {
+        (self.features.require | self.features.prefer).contains(Features::UNPRIVILEGED_DEV)
+    }
+
     /// What this version does not serve: it would change how requests or data move.
     pub(super) fn unserved() -> Features {
-        Features::ZONED | Features::INTEGRITY | Features::UNPRIVILEGED_DEV
+        Features::ZONED | Features::INTEGRITY
     }
 
     /// The features that are asked for on any driver.
@@ -408,6 +417,23 @@ impl Builder {
         if !asked.is_empty() {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because(format!("this version of the library cannot serve {asked}")));
+        }
+        if self.features.require.contains(Features::UNPRIVILEGED_DEV) {
+            let recovery = Features::USER_RECOVERY
+                | Features::USER_RECOVERY_REISSUE
+                | Features::USER_RECOVERY_FAIL_IO;
+            let asked = self.features.require & recovery;
+            if !asked.is_empty() {
+                return invalid(format!(
+                    "an UNPRIVILEGED_DEV cannot be recovered: the driver does not grant it {asked}"
+                ));
+            }
+            if !self.data_path.is_copied_by_driver() && self.data_path != DataPath::Auto {
+                return invalid(format!(
+                    "an UNPRIVILEGED_DEV excludes {}: on such a device the driver copies the data",
+                    self.data_path.features()
+                ));
+            }
         }
         let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
         if !by_path.is_empty() {
@@ -497,7 +523,7 @@ impl Builder {
         let best = DataPath::AutoBufReg.features();
         let wanted = self.data_path == DataPath::Auto
             && caps.contains(Capabilities::FIXED_BUFFERS)
-            && !(features.require | features.prefer).contains(Features::UNPRIVILEGED_DEV)
+            && !self.may_be_unprivileged()
             && !features.forbid.intersects(best);
         let favourite = if wanted { best } else { Features::NONE };
         Ok(Plan { params, add, favourite })
@@ -512,7 +538,11 @@ impl Builder {
     #[allow(clippy::should_implement_trait)] // ADD_DEV: nobody takes it for arithmetic
     pub fn add(self, control: &Control) -> Result<Added> {
         let plan = self.plan()?;
-        Added::new(self, plan, control.clone())
+        let control = match self.may_be_unprivileged() {
+            true => control.with_device_paths(),
+            false => control.clone(),
+        };
+        Added::new(self, plan, control)
     }
 
     /// Opens the driver, adds the device and starts it.

@@ -10,7 +10,8 @@ use super::builder::{Builder, Plan};
 use super::halt;
 use super::life::{Life, PATIENCE, Phase, Queue, from_now};
 use super::running::Running;
-use crate::control::node_watch::Watch;
+use crate::control::NO_UDEV_RULES;
+use crate::control::node_watch::{Watch, may_read};
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
@@ -122,12 +123,14 @@ impl Added {
         }
         let deadline = from_now(self.builder.start_timeout);
         let control = self.guard.control.clone();
+        // First, as it waits for udev: until the node is ours the driver takes no command about an unprivileged
+        // device, not even its deletion.
+        let char_device = control.open_char_device(id, &Wait::until(deadline))?;
         if self.again {
             halt::once_the_old_disk_is_gone(|| control.set_params(id, &self.params))?;
         } else {
             control.set_params(id, &self.params)?;
         }
-        let char_device = control.open_char_device(id, &Wait::until(deadline))?;
         let pool = self.builder.service.start(self.builder.threads, &format!("ublk{id}-pool"))?;
         let life = Life::new(
             control.clone(),
@@ -319,12 +322,15 @@ impl Rise<'_> {
     fn wait_for_node(&self, life: &Life, deadline: Instant) -> Result<()> {
         let number = std::fs::read_to_string(format!("/sys/class/block/ublkb{}/dev", self.info.id));
         let number = number.unwrap_or_default();
-        let right = || {
+        let there = || {
             std::fs::metadata(&life.path).is_ok_and(|m| {
                 let is = format!("{}:{}", libc::major(m.rdev()), libc::minor(m.rdev()));
                 m.file_type().is_block_device() && is == number.trim()
             })
         };
+        // The owner of an unprivileged one is to be able to open it, too.
+        let unprivileged = self.info.features.contains(Features::UNPRIVILEGED_DEV);
+        let right = || there() && (!unprivileged || may_read(&life.path));
         if right() {
             return Ok(());
         }
@@ -335,6 +341,13 @@ impl Rise<'_> {
                 return Ok(());
             }
             watch.wait(Some(patience.saturating_duration_since(Instant::now())));
+        }
+        if there() {
+            life.warn(format!(
+                "{} was not given to the device's owner: {NO_UDEV_RULES}",
+                life.path.display()
+            ));
+            return Ok(());
         }
         life.warn(format!(
             "{} did not appear: /dev is neither a devtmpfs nor kept by udev; make the node by hand (mknod {} b \
