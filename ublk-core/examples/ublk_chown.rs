@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 
+use ublk_core::ErrorKind;
 use ublk_core::control::{Control, Features};
 
 fn error(text: String) -> io::Error {
@@ -46,11 +47,18 @@ fn open(name: &str, class: &str, is_disk: bool) -> io::Result<File> {
     Ok(node)
 }
 
-/// Gives the node to the device's owner. False if the device is not an ordinary user's.
-pub fn give(name: &str) -> io::Result<bool> {
+/// Gives the node to the device's owner. False if the device is not an ordinary user's, or gone by now.
+pub(crate) fn give(name: &str) -> io::Result<bool> {
     let (class, id, is_disk) = parse(name)?;
-    let node = open(name, class, is_disk)?;
-    let info = Control::open()?.get_dev_info2(id)?;
+    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    let node = match open(name, class, is_disk) {
+        Err(e) if gone(&e) => return Ok(false),
+        node => node?,
+    };
+    let info = match Control::open()?.get_dev_info2(id) {
+        Err(e) if e.kind() == ErrorKind::NoSuchDevice => return Ok(false),
+        info => info?,
+    };
     if !info.features.contains(Features::UNPRIVILEGED_DEV) {
         return Ok(false);
     }
