@@ -38,7 +38,8 @@ fn open(name: &str, class: &str, is_disk: bool) -> io::Result<File> {
         .custom_flags(libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC)
         .open(format!("/dev/{name}"))?;
     let is = node.metadata()?;
-    let kind = if is_disk { is.file_type().is_block_device() } else { is.file_type().is_char_device() };
+    let kind =
+        if is_disk { is.file_type().is_block_device() } else { is.file_type().is_char_device() };
     let number = format!("{}:{}", libc::major(is.rdev()), libc::minor(is.rdev()));
     let wanted = fs::read_to_string(format!("/sys/class/{class}/{name}/dev"))?;
     if !kind || number != wanted.trim() {
@@ -64,7 +65,8 @@ pub(crate) fn give(name: &str) -> io::Result<bool> {
     }
     let (uid, gid) = (info.owner_uid, info.owner_gid);
     // SAFETY: the descriptor is open, and the path a NUL-terminated constant.
-    let done = unsafe { libc::fchownat(node.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
+    let done =
+        unsafe { libc::fchownat(node.as_raw_fd(), c"".as_ptr(), uid, gid, libc::AT_EMPTY_PATH) };
     match done {
         0 => Ok(true),
         _ => Err(io::Error::last_os_error()),

@@ -123,6 +123,7 @@ pub struct Builder {
     pub(super) backing: Backing,
     pub(super) data_path: DataPath,
     descriptor_bytes: u16,
+    pub(super) many_unprivileged: bool,
     pub(super) start_timeout: Duration,
 }
 
@@ -237,6 +238,7 @@ impl Builder {
             backing: Backing::default(),
             data_path: DataPath::Auto,
             descriptor_bytes: DESCRIPTOR,
+            many_unprivileged: false,
             start_timeout: Duration::from_secs(30),
         }
     }
@@ -361,6 +363,14 @@ impl Builder {
     /// has something to say there.
     pub fn descriptor_bytes(mut self, bytes: u16) -> Self {
         self.descriptor_bytes = bytes;
+        self
+    }
+
+    /// Whether this process may serve more than one unprivileged device. Default no: for a request that takes longer
+    /// than the block layer's timeout (30 seconds) the driver kills the whole process. The library answers such a
+    /// request before, but cannot where a backend keeps a worker itself.
+    pub fn allow_many_unprivileged(mut self, allow: bool) -> Self {
+        self.many_unprivileged = allow;
         self
     }
 
