@@ -11,10 +11,16 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
-use ublk_core::{Builder, DataPath, Error, ErrorKind, targets::Mem};
+use ublk_core::{
+    Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext, Request,
+    targets::Mem,
+};
 
 const OWNER: u32 = 1000;
 const STRANGER: u32 = 1001;
@@ -153,6 +159,9 @@ fn owner() {
     let disk = mem().start().unwrap();
     let id = disk.id();
     assert_eq!(disk.info().owner_uid, OWNER);
+    let second = mem().start().unwrap_err();
+    has(&second, ErrorKind::TooMany, "allow_many_unprivileged");
+    mem().allow_many_unprivileged(true).start().unwrap().stop(SOON).unwrap();
     let client = Client::open(disk.path());
     client.0.write_all_at(&disk::Aligned::new(4096), 4096).unwrap();
     assert_eq!(client.read(4096, 4096).unwrap(), [0; 4096]);
@@ -210,6 +219,72 @@ fn an_ordinary_user_makes_serves_uses_and_deletes_a_device() {
     // What keeps the stranger out is not the control node.
     fs::set_permissions("/dev/ublk-control", fs::Permissions::from_mode(0o666)).unwrap();
     User::start(TEST, "stranger", &id, STRANGER).succeeds();
+    owner.go_on();
+    owner.succeeds();
+}
+
+/// Tells the test, which is root, to shorten the timeout of the device's requests.
+fn shortened(id: u32) {
+    println!("\nserving {id}");
+    pause();
+}
+
+const KEPT: u64 = 8192;
+
+fn keeper() {
+    let (kept, requests) = channel::<Request>();
+    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let disk = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
+        let kept = kept.lock().unwrap().clone();
+        move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+            KEPT => kept.send(request).unwrap(),
+            _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+        }
+    })
+    .require(F::UNPRIVILEGED_DEV)
+    .start()
+    .unwrap();
+    shortened(disk.id());
+    let client = Client::open(disk.path());
+    let begin = Instant::now();
+    assert_eq!(client.read(KEPT, 4096).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(begin.elapsed() < TIMEOUT, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() >= TIMEOUT / 2, "{:?}: too early", begin.elapsed());
+    // The late answer harms nobody, and the tag serves on with a buffer of its own.
+    let mut late = requests.recv().unwrap();
+    late.data_mut().fill(0xee);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| client.read(KEPT, 4096).unwrap());
+        let mut request = requests.recv().unwrap();
+        late.data_mut().fill(0xdd);
+        request.data_mut().fill(0x11);
+        late.complete(Ok::<(), Errno>(())).unwrap_err();
+        request.complete(Ok::<(), Errno>(())).unwrap();
+        assert_eq!(reader.join().unwrap(), [0x11; 4096]);
+    });
+    for at in (0..64).map(|i| i * 4096).filter(|at| *at != KEPT) {
+        assert_eq!(client.read(at, 4096).unwrap(), [0; 4096]);
+    }
+    assert_eq!(disk.stats().queues.iter().map(|q| q.revoked).sum::<u64>(), 1);
+    drop(client);
+    assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
+}
+
+const TIMEOUT: Duration = Duration::from_secs(6);
+
+#[test]
+fn a_request_that_takes_too_long_fails_and_its_server_lives() {
+    const TEST: &str = "a_request_that_takes_too_long_fails_and_its_server_lives";
+    match role().as_deref() {
+        Some("helper") => return ublk_chown::give(&about()).map(drop).unwrap(),
+        Some("keeper") => return keeper(),
+        _ => {}
+    }
+    let _udev = Udev::start(TEST);
+    let mut owner = User::start(TEST, "keeper", "", OWNER);
+    let id = owner.hears("serving ");
+    let timeout = TIMEOUT.as_millis().to_string();
+    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
     owner.go_on();
     owner.succeeds();
 }
