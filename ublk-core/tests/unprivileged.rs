@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
-    Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext, Request,
-    targets::Mem,
+    Backend, Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext,
+    Request, targets::Mem,
 };
 
 const OWNER: u32 = 1000;
@@ -284,6 +284,52 @@ fn a_request_that_takes_too_long_fails_and_its_server_lives() {
     let mut owner = User::start(TEST, "keeper", "", OWNER);
     let id = owner.hears("serving ");
     let timeout = TIMEOUT.as_millis().to_string();
+    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
+    owner.go_on();
+    owner.succeeds();
+}
+
+struct Stuck;
+
+impl Backend for Stuck {
+    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        while offset == KEPT {
+            std::thread::park();
+        }
+        buf.fill(0);
+        Ok(buf.len())
+    }
+}
+
+/// A backend that keeps its worker itself.
+fn stuck() {
+    let disk = Builder::new(SIZE, Stuck).require(F::UNPRIVILEGED_DEV).start().unwrap();
+    shortened(disk.id());
+    let client = Client::reader(disk.path());
+    client.read(KEPT, 4096).unwrap_err();
+    drop(client);
+    let error = disk.wait().unwrap_err();
+    has(&error, ErrorKind::WorkerDied, "stuck in the backend");
+}
+
+#[test]
+fn a_worker_that_is_stuck_costs_the_device_and_not_the_server() {
+    const TEST: &str = "a_worker_that_is_stuck_costs_the_device_and_not_the_server";
+    match role().as_deref() {
+        Some("helper") => return ublk_chown::give(&about()).map(drop).unwrap(),
+        Some("stuck") => return stuck(),
+        _ => {}
+    }
+    if !Control::open().unwrap().features().unwrap().contains(F::PER_IO_DAEMON) {
+        // Its only way to abort requests whose server has closed the device is to kill the server.
+        println!("not run: needs a driver with PER_IO_DAEMON");
+        return;
+    }
+    let _udev = Udev::start(TEST);
+    let mut owner = User::start(TEST, "stuck", "", OWNER);
+    let id = owner.hears("serving ");
+    // Time enough between giving up and being killed, also on an emulated machine.
+    let timeout = (2 * TIMEOUT).as_millis().to_string();
     fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
     owner.go_on();
     owner.succeeds();

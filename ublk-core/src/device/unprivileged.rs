@@ -5,11 +5,11 @@
 //! device, unless it is told otherwise.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::life::{Life, PATIENCE, Phase};
+use super::life::{Life, Phase};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::clock::Stamp;
 use crate::sys::{fork, thread};
@@ -114,8 +114,8 @@ fn look_after(life: &Life) {
                     queue = queue.number,
                     "a worker is stuck in the backend"
                 );
-                // Its device is told, and taken down.
-                queue.worker.condemn(Instant::now() + PATIENCE);
+                give_up(life);
+                return;
             } else if age >= limits.revoke {
                 queue.worker.revoke_older(id, limits.revoke);
                 next = next.min(limits.condemn - age);
@@ -123,6 +123,22 @@ fn look_after(life: &Life) {
                 next = next.min(limits.revoke - age);
             }
         }
+    }
+}
+
+/// Takes the device's file from everything of ours, so that the driver aborts what is out. Its failure takes the device
+/// down then.
+fn give_up(life: &Life) {
+    // First: a STOP that were begun with the file open would wait for the very request, and a process that is
+    // killed meanwhile never ends.
+    drop(life.char_device.lock().unwrap_or_else(PoisonError::into_inner).take());
+    let mut leftovers = Vec::new();
+    life.condemn(&mut leftovers);
+    for what in leftovers {
+        tracing::error!(
+            device = life.info.id,
+            "a slow request may have the process killed: {what}"
+        );
     }
 }
 
