@@ -23,7 +23,7 @@ fn is_known() -> bool {
 fn is_offered() -> bool {
     let offered = is_known();
     if !offered {
-        println!("not run: this kernel has no integrity metadata");
+        println!("\nnot run: this kernel has no integrity metadata");
     }
     offered
 }
@@ -31,7 +31,7 @@ fn is_offered() -> bool {
 #[test]
 fn a_kernel_without_it_is_named_in_the_refusal() {
     if is_known() {
-        println!("not run: this kernel has integrity metadata");
+        println!("\nnot run: this kernel has integrity metadata");
         return;
     }
     let mem = Mem::with_metadata(MIB, Integrity::protection(Checksum::Ip, 512));

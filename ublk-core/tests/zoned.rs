@@ -238,7 +238,7 @@ const ZONES: u64 = 80;
 fn without_btrfs() -> bool {
     let without = !btrfs::is_known();
     if without {
-        println!("not run: this kernel has no btrfs, which appends");
+        println!("\nnot run: this kernel has no btrfs, which appends");
     }
     without
 }

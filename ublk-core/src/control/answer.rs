@@ -18,7 +18,10 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         }
         (Errno::EPERM, C::AddDev) => {
             of(K::PermissionDenied, "adding a device takes CAP_SYS_ADMIN in the kernel's own namespace")
-                .remedy_is("run as root, or ask for UNPRIVILEGED_DEV where /dev/ublk-control is open to you")
+                .remedy_is(
+                    "run as root, or make a device of your own: require(Features::UNPRIVILEGED_DEV), see \
+                     docs/unprivileged.md",
+                )
         }
         (Errno::EINVAL, C::AddDev) => of(
             K::InvalidParameter,
@@ -78,9 +81,10 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         }
         (Errno::EACCES, _) => of(
             K::PermissionDenied,
-            "the permissions of /dev/ublkcN do not allow this to its unprivileged owner",
+            "the permissions of /dev/ublkcN do not allow this: an unprivileged device obeys whoever may write \
+             to its node",
         )
-        .remedy_is("have a udev rule give the node to the device's owner"),
+        .remedy_is(NO_UDEV_RULES),
         (Errno::EBUSY, _) => of(K::Busy, "the device is in use"),
         (Errno::EOPNOTSUPP, _) => of(K::Unsupported, "the driver does not know this command"),
         (Errno::ENOMEM, _) => of(K::TooMany, "the kernel has no memory for it"),
@@ -96,6 +100,10 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         None => error,
     }
 }
+
+/// What an owner lacks whose node was not handed over.
+pub(crate) const NO_UDEV_RULES: &str = "run as the device's owner; if you are, the udev rules that give its nodes to you \
+     are missing: install udev/80-ublk.rules and its helper (docs/unprivileged.md)";
 
 /// What is usually missing when a command does not return.
 pub(crate) fn slow_remedy(command: ControlCommand) -> Option<&'static str> {

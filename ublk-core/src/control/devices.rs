@@ -1,6 +1,7 @@
 //! All devices of the machine: listing them, and deleting one whoever made it.
 
 use super::Control;
+use super::features::Features;
 use super::holders::{self, Holder, Nodes};
 use std::path::Path;
 
@@ -65,11 +66,16 @@ impl Control {
             _ => Err(e),
         })?;
         let nodes = Nodes::of(&self.0.places.sys, id);
+        // Without its path the driver takes no command about such a device, be it from root.
+        let control = match info.features.contains(Features::UNPRIVILEGED_DEV) {
+            true => self.with_device_paths(),
+            false => self.clone(),
+        };
         let deleted = match info.state {
             DeviceState::Dead => Ok(()),
-            _ => self.stop_dev(id, wait),
+            _ => control.stop_dev(id, wait),
         }
-        .and_then(|()| self.del_dev(id, wait));
+        .and_then(|()| control.del_dev(id, wait));
         deleted.map_err(|e| {
             if e.kind() != ErrorKind::TimedOut {
                 return e;

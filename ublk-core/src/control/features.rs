@@ -350,9 +350,11 @@ impl FeatureRequest {
     pub fn check(&self, granted: Features) -> Result<()> {
         let missing = self.require - granted;
         if missing.contains(Features::UNPRIVILEGED_DEV) {
-            return Err(refused(ErrorKind::Unsupported).because(
-                "the driver gives UNPRIVILEGED_DEV only to callers without CAP_SYS_ADMIN",
-            ));
+            return Err(refused(ErrorKind::Unsupported)
+                .because("the driver gives UNPRIVILEGED_DEV only to callers without CAP_SYS_ADMIN")
+                .remedy_is(
+                    "drop that capability, or prefer the feature where either kind of device will do",
+                ));
         }
         if !missing.is_empty() {
             return Err(refused(ErrorKind::Unsupported)

@@ -36,6 +36,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use answer::NO_UDEV_RULES;
+
 pub use crate::uring::sqe::{ControlCommand, Encoding};
 pub use cpus::CpuSet;
 pub use features::{FeatureRequest, Features};
@@ -118,7 +120,7 @@ impl ControlOptions {
     pub fn open(self) -> Result<Control> {
         let pool = pool::Pool::new(node::open_control(&self.places)?);
         let mut inner = Inner {
-            pool,
+            pool: Arc::new(pool),
             encoding: Encoding::Ioctl,
             features: None,
             places: self.places,
@@ -147,7 +149,7 @@ impl ControlOptions {
 pub struct Control(Arc<Inner>);
 
 struct Inner {
-    pool: pool::Pool,
+    pool: Arc<pool::Pool>,
     encoding: Encoding,
     features: Option<Features>,
     places: node::Places,
@@ -163,6 +165,21 @@ impl Control {
     /// See [`ControlOptions::open`].
     pub fn open() -> Result<Self> {
         ControlOptions::new().open()
+    }
+
+    /// The same handle, sending [paths](ControlOptions::device_paths).
+    pub(crate) fn with_device_paths(&self) -> Self {
+        if self.0.device_paths {
+            return self.clone();
+        }
+        Control(Arc::new(Inner {
+            pool: Arc::clone(&self.0.pool),
+            encoding: self.0.encoding,
+            features: self.0.features,
+            places: self.0.places.clone(),
+            device_paths: true,
+            patience: self.0.patience,
+        }))
     }
 
     /// How commands are numbered.

@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use super::answer::NO_UDEV_RULES;
 use super::node_maker;
 use super::node_watch::Watch;
 use super::wait::Wait;
@@ -85,8 +86,7 @@ pub(crate) fn open_control(places: &Places) -> Result<OwnFd> {
             )
             .because("the node belongs to root")
             .remedy_is(
-                "run as root, or add a udev rule such as KERNEL==\"ublk-control\", GROUP=\"ublk\", \
-                         MODE=\"0660\"",
+                "run as root, or install udev/80-ublk.rules (docs/unprivileged.md) and join the group ublk",
             ),
             _ => Error::new(kind_of(&e), "open /dev/ublk-control"),
         }
@@ -128,7 +128,7 @@ pub(crate) fn open_char_device(places: &Places, id: u32, wait: &Wait) -> Result<
                     Error::new(ErrorKind::PermissionDenied, format!("open /dev/ublkc{id}"))
                         .with_source(e)
                         .because("the node's permissions do not allow it")
-                        .remedy_is("run as root, or have a udev rule give the node to its owner")
+                        .remedy_is(NO_UDEV_RULES)
                 }
                 _ => {
                     return Err(Error::new(kind_of(&e), format!("open /dev/ublkc{id}"))

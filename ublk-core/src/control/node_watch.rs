@@ -12,6 +12,13 @@ use crate::sys::fork::OwnFd;
 /// inotify: so no wait is longer than this.
 const STEP: Duration = Duration::from_millis(20);
 
+/// Whether this process may open a node for reading, as far as its permissions go; with the identity that opens it.
+pub(crate) fn may_read(path: &Path) -> bool {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: `path` is a NUL-terminated string that lives across the call.
+    unsafe { libc::faccessat(libc::AT_FDCWD, path.as_ptr(), libc::R_OK, libc::AT_EACCESS) == 0 }
+}
+
 /// Events of the entries of one directory.
 pub(crate) struct Watch(Option<OwnFd>);
 

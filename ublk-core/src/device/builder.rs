@@ -125,6 +125,7 @@ pub struct Builder {
     pub(super) backing: Backing,
     pub(super) data_path: DataPath,
     descriptor_bytes: u16,
+    pub(super) many_unprivileged: bool,
     pub(super) start_timeout: Duration,
 }
 
@@ -241,6 +242,7 @@ impl Builder {
             backing: Backing::default(),
             data_path: DataPath::Auto,
             descriptor_bytes: DESCRIPTOR,
+            many_unprivileged: false,
             start_timeout: Duration::from_secs(30),
         }
     }
@@ -299,6 +301,10 @@ impl Builder {
     }
 
     /// Features without which there is to be no device.
+    ///
+    /// With [`UNPRIVILEGED_DEV`](Features::UNPRIVILEGED_DEV) the device belongs to the calling user, who needs no
+    /// privilege to make it, serve it, use it and delete it. The driver gives it to callers without CAP_SYS_ADMIN
+    /// only; it copies the data, cannot be recovered, and needs the udev rules that `docs/unprivileged.md` describes.
     pub fn require(mut self, features: Features) -> Self {
         self.features.require |= features;
         self
@@ -378,15 +384,28 @@ impl Builder {
         self
     }
 
+    /// Whether this process may serve more than one unprivileged device. Default no: for a request that takes longer
+    /// than the block layer's timeout (30 seconds) the driver kills the whole process. The library answers such a
+    /// request before, but cannot where a backend keeps a worker itself.
+    pub fn allow_many_unprivileged(mut self, allow: bool) -> Self {
+        self.many_unprivileged = allow;
+        self
+    }
+
     /// How long the start may take, from the first command to the usable disk. Default 30 seconds.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
         self
     }
 
-    /// What this version does not serve: it would change how requests or data move.
-    pub(super) fn unserved() -> Features {
-        Features::UNPRIVILEGED_DEV
+    /// Whether the driver may make it an unprivileged device.
+    pub(super) fn may_be_unprivileged(&self) -> bool {
+        (self.features.require | self.features.prefer).contains(Features::UNPRIVILEGED_DEV)
+    }
+
+    /// What a kernel that is younger than this library may have: it could change how requests or data move.
+    pub(super) fn unknown(features: Features) -> Features {
+        features - Features::known()
     }
 
     /// Whether a device with these features would tell clients wrong places of their appends: Linux 7.3 takes the
@@ -413,7 +432,7 @@ impl Builder {
         if self.workers_per_queue > 1 && !features.require.contains(Features::BATCH_IO) {
             features.require |= Features::PER_IO_DAEMON;
         }
-        features.prefer = features.prefer - Self::unserved();
+        features.prefer = features.prefer & Features::known();
         features
     }
 
@@ -436,7 +455,7 @@ impl Builder {
         if self.threads > 0 && !self.service.blocks() {
             return invalid("threads are for a backend with blocking calls".into());
         }
-        let asked = self.features.require & Self::unserved();
+        let asked = Self::unknown(self.features.require);
         if !asked.is_empty() {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because(format!("this version of the library cannot serve {asked}")));
@@ -489,6 +508,23 @@ impl Builder {
             return Err(Error::new(ErrorKind::Unsupported, "describe the device")
                 .because("with BATCH_IO and auto-buf-reg the driver tells clients wrong places of appends")
                 .remedy_is("use user-copy or zero-copy, or leave BATCH_IO out"));
+        }
+        if self.features.require.contains(Features::UNPRIVILEGED_DEV) {
+            let recovery = Features::USER_RECOVERY
+                | Features::USER_RECOVERY_REISSUE
+                | Features::USER_RECOVERY_FAIL_IO;
+            let asked = self.features.require & recovery;
+            if !asked.is_empty() {
+                return invalid(format!(
+                    "an UNPRIVILEGED_DEV cannot be recovered: the driver does not grant it {asked}"
+                ));
+            }
+            if !self.data_path.is_copied_by_driver() && self.data_path != DataPath::Auto {
+                return invalid(format!(
+                    "an UNPRIVILEGED_DEV excludes {}: on such a device the driver copies the data",
+                    self.data_path.features()
+                ));
+            }
         }
         let by_path = (self.features.require | self.features.prefer) & DataPath::all_features();
         if !by_path.is_empty() {
@@ -585,7 +621,7 @@ impl Builder {
         let best = DataPath::AutoBufReg.features();
         let wanted = self.data_path == DataPath::Auto
             && caps.contains(Capabilities::FIXED_BUFFERS)
-            && !(features.require | features.prefer).contains(Features::UNPRIVILEGED_DEV)
+            && !self.may_be_unprivileged()
             && !features.forbid.intersects(best)
             && !self.misplaces_appends(features.require | features.prefer | best);
         let favourite = if wanted { best } else { Features::NONE };
@@ -601,7 +637,11 @@ impl Builder {
     #[allow(clippy::should_implement_trait)] // ADD_DEV: nobody takes it for arithmetic
     pub fn add(self, control: &Control) -> Result<Added> {
         let plan = self.plan()?;
-        Added::new(self, plan, control.clone())
+        let control = match self.may_be_unprivileged() {
+            true => control.with_device_paths(),
+            false => control.clone(),
+        };
+        Added::new(self, plan, control)
     }
 
     /// Opens the driver, adds the device and starts it.

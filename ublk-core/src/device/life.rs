@@ -6,6 +6,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
+use super::unprivileged::Seat;
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork::OwnFd;
@@ -106,6 +107,8 @@ pub(crate) struct Life {
     /// `/dev/ublkcN`, until the device ends. The rings hold it as well.
     pub(super) char_device: Mutex<Option<Arc<OwnFd>>>,
     pub(super) warnings: Mutex<Vec<String>>,
+    /// Of an unprivileged device, while it is served.
+    pub(super) seat: Mutex<Option<Seat>>,
     /// What tells the device from a later one with its number.
     pub(super) identity: Option<u64>,
     /// A failed queue has set the takedown off.
@@ -150,6 +153,7 @@ impl Life {
             shared: Arc::default(),
             char_device: Mutex::new(Some(Arc::new(char_device))),
             warnings: Mutex::new(Vec::new()),
+            seat: Mutex::new(None),
             identity,
             taking_down: AtomicBool::new(false),
             start: Mutex::new(None),
@@ -255,6 +259,7 @@ impl Life {
     /// Ends the phase; the device's file is closed before anybody hears of it.
     pub(super) fn set_ended(&self, ending: Ending) {
         drop(self.char_device.lock().unwrap_or_else(PoisonError::into_inner).take());
+        drop(self.seat.lock().unwrap_or_else(PoisonError::into_inner).take());
         self.lock().phase = Phase::Ended(ending);
         self.changed.notify_all();
     }

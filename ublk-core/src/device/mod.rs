@@ -33,6 +33,7 @@ mod share;
 mod start;
 mod stats;
 mod stop;
+mod unprivileged;
 
 pub use builder::Builder;
 pub use life::Ending;

@@ -24,6 +24,13 @@ const ATTEMPT: &str = "recover the device";
 const GRACE: Duration = Duration::from_secs(2);
 const POLL: Duration = Duration::from_millis(20);
 
+fn unprivileged(id: u32) -> Error {
+    Error::new(ErrorKind::Unsupported, ATTEMPT)
+        .on_device(id)
+        .because("it is an UNPRIVILEGED_DEV, and the driver lets none of these be recovered")
+        .remedy_is("delete it and add it again")
+}
+
 impl Builder {
     /// Takes over a device whose server is gone: one that was added with
     /// [`USER_RECOVERY`](Features::USER_RECOVERY).
@@ -54,8 +61,18 @@ impl Builder {
                 .on_device(id)
                 .because("a recovered device needs workers of its own"));
         }
+        if self.features.require.contains(Features::UNPRIVILEGED_DEV) {
+            return Err(unprivileged(id));
+        }
         let deadline = from_now(self.start_timeout);
-        let info = control.get_dev_info(id)?;
+        // Of an unprivileged device the driver answers this command only.
+        let info = control.get_dev_info(id).or_else(|e| match e.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::InvalidParameter => control.get_dev_info2(id),
+            _ => Err(e),
+        })?;
+        if info.features.contains(Features::UNPRIVILEGED_DEV) {
+            return Err(unprivileged(id));
+        }
         // Those of a device that was never started may be missing.
         check_state(&info)?;
         let params = params_of(control, id, deadline)?;
@@ -88,7 +105,7 @@ impl Builder {
     fn check(&self, info: &DeviceInfo, params: &DeviceParams) -> Result<()> {
         let other =
             |cause: String| Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT).because(cause));
-        let alien = info.features & Self::unserved();
+        let alien = Self::unknown(info.features);
         if !alien.is_empty() {
             return Err(Error::new(ErrorKind::Unsupported, ATTEMPT)
                 .because(format!("the device has {alien}, which this library cannot serve")));

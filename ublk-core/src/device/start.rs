@@ -3,14 +3,16 @@
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use super::builder::{Builder, Plan};
 use super::halt;
 use super::life::{Life, PATIENCE, Phase, Queue, from_now};
 use super::running::Running;
-use crate::control::node_watch::Watch;
+use super::unprivileged::{self, Seat};
+use crate::control::NO_UDEV_RULES;
+use crate::control::node_watch::{Watch, may_read};
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
@@ -56,6 +58,10 @@ impl Drop for Delete {
 
 impl Added {
     pub(super) fn new(builder: Builder, plan: Plan, control: Control) -> Result<Self> {
+        // A preference may be granted, too, but does not keep a privileged device away.
+        if builder.features.require.contains(Features::UNPRIVILEGED_DEV) {
+            drop(Seat::take(builder.many_unprivileged)?);
+        }
         let info = control.add_dev(&plan.add(control.features()))?;
         let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
         let params = settled(&plan.params, &guard.info)?;
@@ -122,12 +128,20 @@ impl Added {
         }
         let deadline = from_now(self.builder.start_timeout);
         let control = self.guard.control.clone();
+        let seat = match self.features().contains(Features::UNPRIVILEGED_DEV) {
+            true => Some(Seat::take(self.builder.many_unprivileged).map_err(|e| e.on_device(id))?),
+            false => None,
+        };
+        // First, as it waits for udev: until the node is ours the driver takes no command about an unprivileged
+        // device, not even its deletion.
+        let char_device = control
+            .open_char_device(id, &Wait::until(deadline))
+            .map_err(|e| if seat.is_some() { unprivileged::stays(e) } else { e })?;
         if self.again {
             halt::once_the_old_disk_is_gone(|| control.set_params(id, &self.params))?;
         } else {
             control.set_params(id, &self.params)?;
         }
-        let char_device = control.open_char_device(id, &Wait::until(deadline))?;
         let pool = self.builder.service.start(self.builder.threads, &format!("ublk{id}-pool"))?;
         let life = Life::new(
             control.clone(),
@@ -139,7 +153,14 @@ impl Added {
             char_device,
         );
         let rise = Rise { builder: &self.builder, info: &self.guard.info, way: Way::Start };
-        match rise.bring_up(&life, deadline) {
+        let watched = match seat {
+            Some(seat) => {
+                *life.seat.lock().unwrap_or_else(PoisonError::into_inner) = Some(seat);
+                unprivileged::watch(&life)
+            }
+            None => Ok(()),
+        };
+        match watched.and_then(|()| rise.bring_up(&life, deadline)) {
             Ok(()) => {
                 self.guard.armed = false;
                 Ok(Running::new(life, self.builder))
@@ -239,7 +260,7 @@ impl Rise<'_> {
     /// What each queue's worker needs.
     fn starts(&self, life: &Arc<Life>) -> Result<Vec<Start>> {
         let info = self.info;
-        let file = life.char_device.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let file = life.char_device.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(file) = file.as_ref() else {
             return Err(Error::new(ErrorKind::WrongState, "start the device").on_device(info.id));
         };
@@ -325,12 +346,15 @@ impl Rise<'_> {
     fn wait_for_node(&self, life: &Life, deadline: Instant) -> Result<()> {
         let number = std::fs::read_to_string(format!("/sys/class/block/ublkb{}/dev", self.info.id));
         let number = number.unwrap_or_default();
-        let right = || {
+        let there = || {
             std::fs::metadata(&life.path).is_ok_and(|m| {
                 let is = format!("{}:{}", libc::major(m.rdev()), libc::minor(m.rdev()));
                 m.file_type().is_block_device() && is == number.trim()
             })
         };
+        // The owner of an unprivileged one is to be able to open it, too.
+        let unprivileged = self.info.features.contains(Features::UNPRIVILEGED_DEV);
+        let right = || there() && (!unprivileged || may_read(&life.path));
         if right() {
             return Ok(());
         }
@@ -341,6 +365,13 @@ impl Rise<'_> {
                 return Ok(());
             }
             watch.wait(Some(patience.saturating_duration_since(Instant::now())));
+        }
+        if there() {
+            life.warn(format!(
+                "{} was not given to the device's owner: {NO_UDEV_RULES}",
+                life.path.display()
+            ));
+            return Ok(());
         }
         life.warn(format!(
             "{} did not appear: /dev is neither a devtmpfs nor kept by udev; make the node by hand (mknod {} b \

@@ -18,7 +18,7 @@ use super::batch::Batch;
 use super::commands::{Arrived, PerTag};
 use super::mailbox::Mailbox;
 use super::operations::{Keep, Operations};
-use super::queue::{Ending, Events, Queue, Start};
+use super::queue::{Ending, Events, Overdue, Queue, Start};
 use super::slot::{Place, Slot};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::request::Request;
@@ -424,6 +424,23 @@ impl Core {
         let pending: Vec<_> = self.operations.on_lost_requests(key).collect();
         for index in pending {
             self.cancel(Token::Operation(index));
+        }
+        self.flush();
+    }
+
+    /// Answers the requests of the queue that are out for longer than `age` with EIO; the queue is served on.
+    pub(crate) fn revoke_older(&mut self, key: u32, age: Duration) {
+        let Some(queue) = self.queue(key) else { return };
+        let Overdue { entries, slots } = queue.revoke_older(age, Stamp::now());
+        for entry in entries {
+            // SAFETY: the address is the buffer of the slot that the queue keeps for the tag.
+            unsafe { self.push(entry) };
+        }
+        for slot in slots {
+            let pending: Vec<_> = self.operations.on_slot(&slot).collect();
+            for index in pending {
+                self.cancel(Token::Operation(index));
+            }
         }
         self.flush();
     }

@@ -151,6 +151,12 @@ impl Meter {
         now.zip(&then.0).any(|(now, then)| now != 0 && now == *then)
     }
 
+    /// How long the request of `tag` is out; `None` while the tag is with the kernel.
+    pub(crate) fn age(&self, tag: u16, now: Stamp) -> Option<Duration> {
+        let started = self.started.get(usize::from(tag))?.load(Ordering::Relaxed);
+        Some(now.since(Stamp::from_raw(started)?))
+    }
+
     /// Requests that are with the backend, and the age of the oldest.
     pub(crate) fn in_flight(&self, now: Stamp) -> (u32, Option<Duration>) {
         let started = self.started.iter().map(|s| s.load(Ordering::Relaxed));

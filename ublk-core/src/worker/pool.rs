@@ -111,6 +111,12 @@ impl WorkerHandle {
         let _ = self.mailbox.send(Message::Revoke { device });
     }
 
+    /// Answers what the device's holders keep for longer than `age`.
+    pub(crate) fn revoke_older(&self, device: u32, age: Duration) {
+        // A worker that is gone has nothing to revoke.
+        let _ = self.mailbox.send(Message::RevokeOlder { device, age });
+    }
+
     /// Tells the worker to end once it has no queue.
     pub(crate) fn end(&self) {
         let _ = self.mailbox.send(Message::End);

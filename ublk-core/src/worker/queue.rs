@@ -1,6 +1,7 @@
 //! A queue as its worker sees it: which tags are out, which are home, and what is committed for each.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use io_uring::squeue::Entry;
 
@@ -65,6 +66,13 @@ pub(crate) struct Start {
     pub(crate) integrity: Option<Integrity>,
     pub(crate) meter: Arc<Meter>,
     pub(crate) events: Arc<dyn Events>,
+}
+
+/// What a revocation by age comes to: commands, and the slots whose operations are to be cancelled.
+#[derive(Default)]
+pub(crate) struct Overdue {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) slots: Vec<Arc<Slot>>,
 }
 
 /// Which part of a queue a worker serves, where several share it.
@@ -376,11 +384,8 @@ impl Queue {
             match self.replacement(&slot, outcome) {
                 Ok(fresh) => self.slots[usize::from(tag)] = fresh,
                 Err(errno) => {
-                    // No memory for the tag: it ends here, and the device with it.
                     result = -errno.raw();
-                    self.slots[usize::from(tag)] = self.sink(tag);
-                    self.refusing = true;
-                    self.fail(Error::new(ErrorKind::Io, "get memory for a tag").with_errno(errno));
+                    self.slots[usize::from(tag)] = self.give_up(tag, errno);
                 }
             }
         } else {
@@ -416,27 +421,76 @@ impl Queue {
         self.refusing = true;
         let mut entries = Vec::new();
         for tag in 0..self.start.depth {
-            let slot = &self.slots[usize::from(tag)];
-            // What works on the client's own memory is cancelled first; then the request ends by itself.
-            if slot.works_on_shared_memory() || !slot.revoke() {
-                continue;
+            if self.revoke_tag(tag, now) {
+                let fresh = self.sink(tag);
+                entries.extend(self.answer_revoked(tag, fresh));
             }
-            let op = self.op_of(tag);
-            tracing::warn!(
-                device = self.start.device,
-                queue = self.start.queue,
-                tag,
-                ?op,
-                "a request was revoked: the client gets EIO"
-            );
-            self.start.meter.revoked.add(1);
-            self.start.meter.ended(tag, op, None, now);
-            let fresh = self.sink(tag);
-            entries.extend(self.release_pages(&self.slots[usize::from(tag)]));
-            self.slots[usize::from(tag)] = fresh;
-            entries.extend(self.commit(tag, -libc::EIO));
         }
         entries
+    }
+
+    /// Takes the requests that are out for longer than `age` from their holders and answers them with EIO. The
+    /// queue goes on: each tag gets memory of its own.
+    pub(crate) fn revoke_older(&mut self, age: Duration, now: Stamp) -> Overdue {
+        let mut overdue = Overdue::default();
+        for tag in 0..self.start.depth {
+            if self.start.meter.age(tag, now).is_none_or(|is| is < age) {
+                continue;
+            }
+            let slot = Arc::clone(&self.slots[usize::from(tag)]);
+            if slot.works_on_shared_memory() {
+                overdue.slots.push(slot);
+                continue;
+            }
+            if !self.revoke_tag(tag, now) {
+                continue;
+            }
+            let fresh = match Region::new(self.start.buffer as usize, self.start.backing) {
+                Ok(region) => self.slot(tag, Buffer::new(Arc::new(region), 0, self.start.buffer)),
+                Err(errno) => self.give_up(tag, errno),
+            };
+            overdue.entries.extend(self.answer_revoked(tag, fresh));
+            overdue.slots.push(slot);
+        }
+        overdue
+    }
+
+    /// Takes the request of a tag from its holder. False if there is none, or it ends by itself: what works on the
+    /// client's own memory is cancelled first.
+    fn revoke_tag(&self, tag: u16, now: Stamp) -> bool {
+        let slot = &self.slots[usize::from(tag)];
+        if slot.works_on_shared_memory() || !slot.revoke() {
+            return false;
+        }
+        let op = self.op_of(tag);
+        tracing::warn!(
+            device = self.start.device,
+            queue = self.start.queue,
+            tag,
+            ?op,
+            "a request was revoked: the client gets EIO"
+        );
+        self.start.meter.revoked.add(1);
+        self.start.meter.ended(tag, op, None, now);
+        true
+    }
+
+    /// The commands that answer a request that was taken from its holder, whose tag gets another slot.
+    fn answer_revoked(
+        &mut self,
+        tag: u16,
+        fresh: Arc<Slot>,
+    ) -> impl Iterator<Item = Entry> + use<> {
+        let release = self.release_pages(&self.slots[usize::from(tag)]);
+        self.slots[usize::from(tag)] = fresh;
+        release.into_iter().chain(self.commit(tag, -libc::EIO))
+    }
+
+    /// There is no memory for a tag: it ends here, and the device with it.
+    fn give_up(&mut self, tag: u16, errno: Errno) -> Arc<Slot> {
+        self.refusing = true;
+        self.fail(Error::new(ErrorKind::Io, "get memory for a tag").with_errno(errno));
+        self.sink(tag)
     }
 
     /// The kernel refused a command. A commit is tried once more, as a failure of the request; then the

@@ -24,6 +24,8 @@ pub(crate) enum Message {
     Attach(Box<Start>, HandlerFactory),
     /// Answer the requests of a device that are out with EIO, and every later one.
     Revoke { device: u32 },
+    /// Answer the requests of a device that are out for longer with EIO, and go on serving.
+    RevokeOlder { device: u32, age: Duration },
     /// Drop the ring at once, with everything on it.
     Abandon,
     /// End when no queue is left.
@@ -128,6 +130,12 @@ impl Worker {
                         let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
                         for key in core.keys_of(device) {
                             core.revoke(key);
+                        }
+                    }
+                    Message::RevokeOlder { device, age } => {
+                        let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
+                        for key in core.keys_of(device) {
+                            core.revoke_older(key, age);
                         }
                     }
                     Message::Abandon => return Ok(End::Abandoned),

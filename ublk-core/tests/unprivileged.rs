@@ -1,0 +1,338 @@
+//! A device of an ordinary user: made, served, used and deleted without a capability, with udev and the rules that are
+//! shipped. This very binary is started again as the user, as a stranger, and as udev's helper.
+
+mod disk;
+#[path = "../examples/ublk_chown.rs"]
+mod ublk_chown;
+
+use std::fs;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use disk::{Client, SOON, eventually};
+use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
+use ublk_core::{
+    Backend, Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext,
+    Request, targets::Mem,
+};
+
+const OWNER: u32 = 1000;
+const STRANGER: u32 = 1001;
+/// Says to this binary, started again, who it is.
+const ROLE: &str = "UBLK_TEST_ROLE";
+/// The device, or the node, that it is about.
+const ABOUT: &str = "UBLK_TEST_ABOUT";
+const HELPER: &str = "/usr/lib/udev/ublk_chown";
+/// The guest may have reached its root by chroot, where these programs do nothing unless told.
+const CHROOT: &str = "SYSTEMD_IGNORE_CHROOT";
+const SIZE: u64 = 1 << 20;
+
+fn again(test: &str, role: &str, about: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture"]).env(ROLE, role).env(ABOUT, about);
+    command
+}
+
+fn role() -> Option<String> {
+    std::env::var(ROLE).ok()
+}
+
+fn about() -> String {
+    std::env::var(ABOUT).unwrap()
+}
+
+/// udevd with the rules that we ship, and a group for those who may make devices.
+struct Udev(Child);
+
+impl Udev {
+    fn start(test: &str) -> Self {
+        let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let group = fs::read_to_string("/etc/group").unwrap();
+        if !group.contains("\nublk:") {
+            fs::write("/etc/group", format!("{group}\nublk:x:{OWNER}:\n")).unwrap();
+        }
+        fs::create_dir_all("/etc/udev/rules.d").unwrap();
+        fs::copy(tree.join("udev/80-ublk.rules"), "/etc/udev/rules.d/80-ublk.rules").unwrap();
+        let exe = std::env::current_exe().unwrap();
+        let script = format!(
+            "#!/bin/sh\n{ROLE}=helper {ABOUT}=\"$1\" exec {} --exact {test} --nocapture\n",
+            exe.display()
+        );
+        fs::write(HELPER, script).unwrap();
+        fs::set_permissions(HELPER, fs::Permissions::from_mode(0o755)).unwrap();
+        let udevd = Command::new("/lib/systemd/systemd-udevd").env(CHROOT, "1").spawn().unwrap();
+        let this = Udev(udevd);
+        eventually("udevd answers", || udevadm(&["control", "--ping", "--timeout=5"]));
+        // It was there before udevd.
+        assert!(udevadm(&["trigger", "--settle", "--action=add", "--sysname-match=ublk-control"]));
+        this
+    }
+}
+
+fn udevadm(args: &[&str]) -> bool {
+    Command::new("udevadm").env(CHROOT, "1").args(args).status().unwrap().success()
+}
+
+impl Drop for Udev {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+        let _ = fs::remove_file("/etc/udev/rules.d/80-ublk.rules");
+        let _ = fs::remove_file(HELPER);
+    }
+}
+
+/// The user's part, at work.
+struct User {
+    child: Child,
+    input: Option<ChildStdin>,
+    lines: io::Lines<BufReader<std::process::ChildStdout>>,
+    said: String,
+}
+
+impl User {
+    fn start(test: &str, role: &str, about: &str, uid: u32) -> Self {
+        let mut child = again(test, role, about)
+            .uid(uid)
+            .gid(uid)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        User { input: child.stdin.take(), child, lines, said: String::new() }
+    }
+
+    /// Waits for a line that begins so, and returns its rest.
+    fn hears(&mut self, start: &str) -> String {
+        for line in self.lines.by_ref() {
+            let line = line.unwrap();
+            if let Some(rest) = line.strip_prefix(start) {
+                return rest.to_owned();
+            }
+            self.said += &(line + "\n");
+        }
+        panic!("the user did not say {start:?}:\n{}", self.said);
+    }
+
+    fn go_on(&mut self) {
+        self.input.as_mut().unwrap().write_all(b"\n").unwrap();
+    }
+
+    fn succeeds(mut self) {
+        drop(self.input.take());
+        for line in self.lines.by_ref() {
+            self.said += &(line.unwrap() + "\n");
+        }
+        assert!(self.child.wait().unwrap().success(), "{}", self.said);
+        assert!(self.said.contains("1 passed"), "{}", self.said);
+    }
+}
+
+/// In the user's part: waits until the test that started it says so.
+fn pause() {
+    io::stdin().read_line(&mut String::new()).unwrap();
+}
+
+fn has(error: &Error, kind: ErrorKind, text: &str) {
+    assert_eq!(error.kind(), kind, "{error}");
+    assert!(error.to_string().contains(text), "{error}");
+}
+
+fn mem() -> Builder {
+    Builder::new(SIZE, Mem::new(SIZE)).require(F::UNPRIVILEGED_DEV)
+}
+
+fn owner() {
+    let not_asked = Builder::new(SIZE, Mem::new(SIZE)).start().unwrap_err();
+    has(&not_asked, ErrorKind::PermissionDenied, "UNPRIVILEGED_DEV");
+    let recoverable = mem().require(F::USER_RECOVERY).start().unwrap_err();
+    has(&recoverable, ErrorKind::InvalidParameter, "cannot be recovered");
+    let zero_copy = mem().data_path(DataPath::ZeroCopy).start().unwrap_err();
+    has(&zero_copy, ErrorKind::InvalidParameter, "SUPPORT_ZERO_COPY");
+    let disk = mem().start().unwrap();
+    let id = disk.id();
+    assert_eq!(disk.info().owner_uid, OWNER);
+    let second = mem().start().unwrap_err();
+    has(&second, ErrorKind::TooMany, "allow_many_unprivileged");
+    mem().allow_many_unprivileged(true).start().unwrap().stop(SOON).unwrap();
+    let client = Client::open(disk.path());
+    client.0.write_all_at(&disk::Aligned::new(4096), 4096).unwrap();
+    assert_eq!(client.read(4096, 4096).unwrap(), [0; 4096]);
+    let recovery = mem().recover(id, &Control::open().unwrap()).unwrap_err();
+    has(&recovery, ErrorKind::Unsupported, "lets none of these be recovered");
+    println!("\nserving {id}");
+    pause();
+    drop(client);
+    disk.stop(SOON).unwrap();
+    assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+    // By force, with the disk open: what the driver has no short deletion for.
+    let disk = mem().start().unwrap();
+    let client = Client::open(disk.path());
+    let id = disk.id();
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| disk.stop_force(SOON));
+        eventually("the disk is gone", || client.read(0, 4096).is_err());
+        drop(client);
+        stop.join().unwrap().unwrap();
+    });
+    assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+}
+
+fn stranger() {
+    let id: u32 = about().parse().unwrap();
+    let open = fs::File::open(format!("/dev/ublkb{id}")).unwrap_err();
+    assert_eq!(open.kind(), io::ErrorKind::PermissionDenied);
+    let control = ControlOptions::new().device_paths(true).open().unwrap();
+    let wait = Wait::for_(SOON);
+    for refused in [
+        control.get_dev_info(id).map(drop),
+        control.get_dev_info2(id).map(drop),
+        control.stop_dev(id, &wait),
+        control.del_dev(id, &wait),
+        control.delete(id, &wait),
+        Control::open().unwrap().delete(id, &wait),
+    ] {
+        has(&refused.unwrap_err(), ErrorKind::PermissionDenied, "its node");
+    }
+}
+
+#[test]
+fn an_ordinary_user_makes_serves_uses_and_deletes_a_device() {
+    const TEST: &str = "an_ordinary_user_makes_serves_uses_and_deletes_a_device";
+    match role().as_deref() {
+        Some("helper") => return ublk_chown::give(&about()).map(drop).unwrap(),
+        Some("owner") => return owner(),
+        Some("stranger") => return stranger(),
+        _ => {}
+    }
+    let _udev = Udev::start(TEST);
+    has(&mem().start().unwrap_err(), ErrorKind::Unsupported, "without CAP_SYS_ADMIN");
+    let mut owner = User::start(TEST, "owner", "", OWNER);
+    let id = owner.hears("serving ");
+    // What keeps the stranger out is not the control node.
+    fs::set_permissions("/dev/ublk-control", fs::Permissions::from_mode(0o666)).unwrap();
+    User::start(TEST, "stranger", &id, STRANGER).succeeds();
+    owner.go_on();
+    owner.succeeds();
+}
+
+/// Tells the test, which is root, to shorten the timeout of the device's requests.
+fn shortened(id: u32) {
+    println!("\nserving {id}");
+    pause();
+}
+
+const KEPT: u64 = 8192;
+
+fn keeper() {
+    let (kept, requests) = channel::<Request>();
+    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let disk = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
+        let kept = kept.lock().unwrap().clone();
+        move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+            KEPT => kept.send(request).unwrap(),
+            _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+        }
+    })
+    .require(F::UNPRIVILEGED_DEV)
+    .start()
+    .unwrap();
+    shortened(disk.id());
+    let client = Client::open(disk.path());
+    let begin = Instant::now();
+    assert_eq!(client.read(KEPT, 4096).unwrap_err().raw_os_error(), Some(libc::EIO));
+    assert!(begin.elapsed() < TIMEOUT, "{:?}", begin.elapsed());
+    assert!(begin.elapsed() >= TIMEOUT / 2, "{:?}: too early", begin.elapsed());
+    // The late answer harms nobody, and the tag serves on with a buffer of its own.
+    let mut late = requests.recv().unwrap();
+    late.data_mut().fill(0xee);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| client.read(KEPT, 4096).unwrap());
+        let mut request = requests.recv().unwrap();
+        late.data_mut().fill(0xdd);
+        request.data_mut().fill(0x11);
+        late.complete(Ok::<(), Errno>(())).unwrap_err();
+        request.complete(Ok::<(), Errno>(())).unwrap();
+        assert_eq!(reader.join().unwrap(), [0x11; 4096]);
+    });
+    for at in (0..64).map(|i| i * 4096).filter(|at| *at != KEPT) {
+        assert_eq!(client.read(at, 4096).unwrap(), [0; 4096]);
+    }
+    assert_eq!(disk.stats().queues.iter().map(|q| q.revoked).sum::<u64>(), 1);
+    drop(client);
+    assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
+}
+
+const TIMEOUT: Duration = Duration::from_secs(6);
+
+#[test]
+fn a_request_that_takes_too_long_fails_and_its_server_lives() {
+    const TEST: &str = "a_request_that_takes_too_long_fails_and_its_server_lives";
+    match role().as_deref() {
+        Some("helper") => return ublk_chown::give(&about()).map(drop).unwrap(),
+        Some("keeper") => return keeper(),
+        _ => {}
+    }
+    let _udev = Udev::start(TEST);
+    let mut owner = User::start(TEST, "keeper", "", OWNER);
+    let id = owner.hears("serving ");
+    let timeout = TIMEOUT.as_millis().to_string();
+    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
+    owner.go_on();
+    owner.succeeds();
+}
+
+struct Stuck;
+
+impl Backend for Stuck {
+    fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        if offset == KEPT {
+            loop {
+                std::thread::park();
+            }
+        }
+        buf.fill(0);
+        Ok(buf.len())
+    }
+}
+
+/// A backend that keeps its worker itself.
+fn stuck() {
+    let disk = Builder::new(SIZE, Stuck).require(F::UNPRIVILEGED_DEV).start().unwrap();
+    shortened(disk.id());
+    let client = Client::reader(disk.path());
+    client.read(KEPT, 4096).unwrap_err();
+    drop(client);
+    let error = disk.wait().unwrap_err();
+    has(&error, ErrorKind::WorkerDied, "stuck in the backend");
+}
+
+#[test]
+fn a_worker_that_is_stuck_costs_the_device_and_not_the_server() {
+    const TEST: &str = "a_worker_that_is_stuck_costs_the_device_and_not_the_server";
+    match role().as_deref() {
+        Some("helper") => return ublk_chown::give(&about()).map(drop).unwrap(),
+        Some("stuck") => return stuck(),
+        _ => {}
+    }
+    if !Control::open().unwrap().features().unwrap().contains(F::PER_IO_DAEMON) {
+        // Its only way to abort requests whose server has closed the device is to kill the server.
+        println!("\nnot run: needs a driver with PER_IO_DAEMON");
+        return;
+    }
+    let _udev = Udev::start(TEST);
+    let mut owner = User::start(TEST, "stuck", "", OWNER);
+    let id = owner.hears("serving ");
+    // Time enough between giving up and being killed, also on an emulated machine.
+    let timeout = (2 * TIMEOUT).as_millis().to_string();
+    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
+    owner.go_on();
+    owner.succeeds();
+}
