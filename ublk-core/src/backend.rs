@@ -309,6 +309,12 @@ pub trait AsyncBackend: Send + Sync + 'static {
 pub trait QueueHandler: 'static {
     /// A request has arrived.
     fn handle(&mut self, request: Request, context: &mut QueueContext<'_>);
+
+    /// The requests that arrived together have all been handled; called after the last of them. For handlers that pass
+    /// on what they collected meanwhile. Default: nothing.
+    fn turn_ended(&mut self, context: &mut QueueContext<'_>) {
+        let _ = context;
+    }
 }
 
 impl<F: FnMut(Request, &mut QueueContext<'_>) + 'static> QueueHandler for F {
@@ -332,6 +338,14 @@ impl std::fmt::Debug for QueueContext<'_> {
 impl<'a> QueueContext<'a> {
     pub(crate) fn new(ring: &'a Ring, spawned: &'a mut Vec<Task>) -> Self {
         QueueContext { ring, spawned }
+    }
+
+    /// Gives the results of requests that were completed so far to the kernel at once.
+    ///
+    /// Otherwise that happens when all requests that arrived together have been handled, with one system call for all
+    /// of them. For handlers of which one may take long, lest the others' clients wait for it.
+    pub fn commit(&mut self) {
+        self.ring.commit();
     }
 
     /// The worker's ring.

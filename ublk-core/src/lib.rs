@@ -54,6 +54,7 @@ pub use device::{
 pub use error::{Errno, Error, ErrorKind, Result};
 pub use request::{Gone, KeptBuffer, Op, Request, RequestFlags};
 pub use sys::thread::declare_io_flusher;
+pub use worker::attendant::Attendant;
 pub use worker::meter::Latency;
 pub use worker::path::DataPath;
 pub use worker::pool::Workers;

@@ -546,21 +546,19 @@ impl Request {
     ///
     /// [`Gone`]: the client has been answered by somebody else.
     pub fn complete<E: Into<Errno>>(self, result: Result<(), E>) -> Result<(), Gone> {
-        self.end(result.map_err(Into::into), false, false).map(drop)
+        self.end(result.map_err(Into::into), false, false)
     }
 
     /// As [`complete`](Self::complete), for a holder that keeps seeing the buffer (an exported view, say):
-    /// the tag gets other memory, and this one stays valid, and nobody else's, until it is dropped.
-    ///
-    /// # Errors
-    ///
-    /// [`Gone`], as `complete`.
+    /// the tag gets other memory, and this one stays valid, and nobody else's, until it is dropped. That is so also
+    /// if the request is [`Gone`].
     pub fn complete_keeping_buffer<E: Into<Errno>>(
         self,
         result: Result<(), E>,
-    ) -> Result<KeptBuffer, Gone> {
+    ) -> (KeptBuffer, Result<(), Gone>) {
         let len = if self.op.has_data() { self.len as usize } else { 0 };
-        self.end(result.map_err(Into::into), false, true).map(|slot| KeptBuffer { slot, len })
+        let kept = KeptBuffer { slot: Arc::clone(self.slot()), len };
+        (kept, self.end(result.map_err(Into::into), false, true))
     }
 
     fn end(
@@ -568,7 +566,7 @@ impl Request {
         result: Result<(), Errno>,
         dropped: bool,
         keeps_buffer: bool,
-    ) -> Result<Arc<Slot>, Gone> {
+    ) -> Result<(), Gone> {
         let mut result = result;
         if self.op == Op::Read && result.is_ok() {
             if self.slot().operations() == 0 {
@@ -639,12 +637,12 @@ impl Request {
     }
 }
 
-fn hand_back(slot: Arc<Slot>, outcome: Outcome) -> Result<Arc<Slot>, Gone> {
+fn hand_back(slot: Arc<Slot>, outcome: Outcome) -> Result<(), Gone> {
     let place = slot.place();
     let gone = Gone { device: place.device, queue: place.queue, tag: place.tag };
     // A second count, because the mailbox must outlive the push, and only the slot keeps it.
     if slot.finish(outcome) && slot.mailbox().finished(Arc::clone(&slot)) {
-        Ok(slot)
+        Ok(())
     } else {
         Err(gone)
     }

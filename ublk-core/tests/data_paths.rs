@@ -247,7 +247,9 @@ fn a_kept_buffer_is_its_holders_on_every_path() {
                 Op::Read => request.data_mut().fill(fill),
                 _ => assert_eq!(request.data()[0], 0x77),
             }
-            kept.push(request.complete_keeping_buffer(Ok::<(), Errno>(())).unwrap());
+            let (buffer, told) = request.complete_keeping_buffer(Ok::<(), Errno>(()));
+            told.unwrap();
+            kept.push(buffer);
         });
         let disk = disk.start().unwrap();
         let client = Client::open(disk.path());

@@ -13,6 +13,7 @@ use crate::control::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::Backing;
 use crate::uapi;
+use crate::worker::attendant::{Attendant, Unattended};
 use crate::worker::path::DataPath;
 use crate::worker::pool::Workers;
 use crate::worker::serve::{Async, Inline, Pool, Pooled};
@@ -121,6 +122,7 @@ pub struct Builder {
     pub(super) threads: usize,
     pub(super) workers: Option<Workers>,
     pub(super) workers_per_queue: u16,
+    pub(super) attendant: Arc<dyn Attendant>,
     pub(super) pin: bool,
     pub(super) backing: Backing,
     pub(super) data_path: DataPath,
@@ -238,6 +240,7 @@ impl Builder {
             threads: 0,
             workers: None,
             workers_per_queue: 1,
+            attendant: Arc::new(Unattended),
             pin: true,
             backing: Backing::default(),
             data_path: DataPath::Auto,
@@ -346,6 +349,13 @@ impl Builder {
     /// the driver does not copy.
     pub fn workers_per_queue(mut self, workers: u16) -> Self {
         self.workers_per_queue = workers;
+        self
+    }
+
+    /// Has somebody stand around the device's own workers. Those of [`workers`](Self::workers) have an attendant of
+    /// their own. Default: nobody.
+    pub fn attendant(mut self, attendant: Arc<dyn Attendant>) -> Self {
+        self.attendant = attendant;
         self
     }
 
@@ -626,6 +636,15 @@ impl Builder {
             && !self.misplaces_appends(features.require | features.prefer | best);
         let favourite = if wanted { best } else { Features::NONE };
         Ok(Plan { params, add, favourite })
+    }
+
+    /// Checks what can be checked without the kernel. What makes or takes over a device does that by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`], which name the rule that was broken.
+    pub fn check(&self) -> Result<()> {
+        self.plan().map(drop)
     }
 
     /// Adds the device to the kernel.

@@ -76,7 +76,7 @@ impl Builder {
         // Those of a device that was never started may be missing.
         check_state(&info)?;
         let params = params_of(control, id, deadline)?;
-        self.check(&info, &params).map_err(|e| e.on_device(id))?;
+        self.fits(&info, &params).map_err(|e| e.on_device(id))?;
         let char_device = take(control, id, deadline)?;
         let mut info = control.get_dev_info(id)?;
         info.capacity = Some(params.capacity());
@@ -102,7 +102,7 @@ impl Builder {
     }
 
     /// Whether the device is the one that is described here.
-    fn check(&self, info: &DeviceInfo, params: &DeviceParams) -> Result<()> {
+    fn fits(&self, info: &DeviceInfo, params: &DeviceParams) -> Result<()> {
         let other =
             |cause: String| Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT).because(cause));
         let alien = Self::unknown(info.features);

@@ -338,6 +338,7 @@ impl Rise<'_> {
                 shared: false,
             },
             cpus,
+            attendant: Arc::clone(&self.builder.attendant),
         })
         .map_err(|e| e.on_device(id).on_queue(queue))
     }

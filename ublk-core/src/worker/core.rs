@@ -125,6 +125,8 @@ pub(crate) struct Core {
     parked: Vec<Waker>,
     /// Slots that ended and can be committed now.
     settled: Vec<Arc<Slot>>,
+    /// Empty; kept for its allocation.
+    finished: Vec<Arc<Slot>>,
     /// Sum of the queues' depths.
     admitted: u32,
     /// Queues whose requests come and go in batches.
@@ -151,6 +153,7 @@ impl Core {
             backlog: VecDeque::new(),
             parked: Vec::new(),
             settled: Vec::new(),
+            finished: Vec::new(),
             admitted: 0,
             batched: 0,
             files: vec![false; size.files as usize],
@@ -377,6 +380,18 @@ impl Core {
             self.settled = settled;
         }
         self.flush();
+    }
+
+    /// Commits what has ended so far, in the middle of a turn.
+    pub(crate) fn commit_finished(&mut self) {
+        let mut finished = std::mem::take(&mut self.finished);
+        self.mailbox.take_finished(&mut finished);
+        if !finished.is_empty() {
+            self.settle(&mut finished);
+            // What failed here fails again in the next turn, where somebody hears of it.
+            let _ = self.enter(0);
+        }
+        self.finished = finished;
     }
 
     /// Commits what was collected for batches.

@@ -9,6 +9,7 @@
 //! Two seams are for the strategies of moving requests and data: [`commands`] and [`batch`] say how requests come
 //! in and results go out, and [`path`] how their data gets here and back.
 
+pub(crate) mod attendant;
 pub(crate) mod batch;
 pub(crate) mod commands;
 pub(crate) mod core;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
+use super::attendant::{Attendant, Unattended};
 use super::core::{Core, Shared};
 use super::mailbox::Mailbox;
 use super::queue::Start;
@@ -21,6 +22,7 @@ pub(crate) struct Plan {
     pub(crate) size: Size,
     /// The CPUs that it is to run on, as far as the process may; empty: not pinned.
     pub(crate) cpus: Vec<u32>,
+    pub(crate) attendant: Arc<dyn Attendant>,
 }
 
 /// One worker, from outside.
@@ -72,7 +74,7 @@ impl WorkerHandle {
                 Ok((core, warnings)) => {
                     shared.fill(core);
                     let _ = report.send(Ok((std::thread::current().id(), warnings)));
-                    match Worker::new(shared, mailbox).run() {
+                    match Worker::new(shared, mailbox, plan.attendant).run() {
                         Some(wreck) => bury(wreck, ended),
                         None => ended.set(),
                     }
@@ -259,6 +261,15 @@ impl Workers {
     ///
     /// [`ErrorKind::InvalidParameter`] for 0, and what keeps a thread or ring from being made.
     pub fn new(count: usize) -> Result<Self> {
+        Self::with_attendant(count, Arc::new(Unattended))
+    }
+
+    /// As [`new`](Self::new), with an [`Attendant`] around each of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_attendant(count: usize, attendant: Arc<dyn Attendant>) -> Result<Self> {
         if count == 0 {
             return Err(Error::new(ErrorKind::InvalidParameter, "start a pool of workers")
                 .because("it needs at least one"));
@@ -276,6 +287,7 @@ impl Workers {
                     deferred,
                 },
                 cpus: Vec::new(),
+                attendant: Arc::clone(&attendant),
             })
         });
         let workers = workers.collect::<Result<Vec<_>>>()?;

@@ -118,6 +118,13 @@ impl Ring {
         Ring { shared, local: PhantomData }
     }
 
+    /// Commits what has ended so far. A failure is left to the worker's next turn, which meets it again.
+    pub(crate) fn commit(&self) {
+        if let Some(mut core) = self.shared.lock() {
+            core.commit_finished();
+        }
+    }
+
     /// Starts an operation when first polled.
     ///
     /// # Safety

@@ -4,6 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::attendant::Attendant;
 use super::core::{Core, Harvest, Shared};
 use super::executor::{Executor, Task};
 use super::mailbox::Mailbox;
@@ -13,7 +14,6 @@ use super::ring::Ring;
 use super::slot::Slot;
 use crate::backend::{QueueContext, QueueHandler};
 use crate::error::{Error, ErrorKind, Result};
-use crate::request::Request;
 
 /// Makes a queue's handler, on the worker's thread.
 pub(crate) type HandlerFactory = Box<dyn FnOnce() -> Box<dyn QueueHandler> + Send>;
@@ -51,22 +51,31 @@ enum End {
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     mailbox: Arc<Mailbox>,
+    attendant: Arc<dyn Attendant>,
     ring: Ring,
     executor: Executor,
     served: Vec<Option<Served>>,
     finished: Vec<Arc<Slot>>,
     harvest: Harvest,
     spawned: Vec<Task>,
+    /// Queues that requests of this turn are of.
+    touched: Vec<u32>,
     ending: bool,
 }
 
 impl Worker {
-    pub(crate) fn new(shared: Arc<Shared>, mailbox: Arc<Mailbox>) -> Self {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        mailbox: Arc<Mailbox>,
+        attendant: Arc<dyn Attendant>,
+    ) -> Self {
         Worker {
             ring: Ring::new(Arc::clone(&shared)),
             executor: Executor::new(Arc::clone(&mailbox)),
             shared,
             mailbox,
+            attendant,
+            touched: Vec::new(),
             served: Vec::new(),
             finished: Vec::new(),
             harvest: Harvest::default(),
@@ -78,8 +87,31 @@ impl Worker {
     /// Serves until told to end. Whatever happens in here, the ring is gone and every device knows when
     /// it returns, unless it returns a [`Wreck`]: that has to be removed when the thread has ended.
     #[must_use]
-    pub(crate) fn run(mut self) -> Option<Wreck> {
-        let ended = catch_unwind(AssertUnwindSafe(|| self.serve()));
+    pub(crate) fn run(self) -> Option<Wreck> {
+        let attendant = Arc::clone(&self.attendant);
+        let (mut worker, mut wreck) = (Some(self), None);
+        let attended = catch_unwind(AssertUnwindSafe(|| {
+            attendant.attend(&mut || {
+                if let Some(mut worker) = worker.take() {
+                    let ended = catch_unwind(AssertUnwindSafe(|| worker.serve()));
+                    wreck = worker.finish(ended);
+                }
+            });
+        }));
+        if let Err(panic) = attended {
+            let text = panic_text(&*panic);
+            tracing::error!(text, "a worker's attendant panicked");
+        }
+        if let Some(worker) = worker.take() {
+            let unattended = Error::new(ErrorKind::WorkerDied, "serve the device")
+                .because("its attendant did not let the worker begin");
+            wreck = worker.finish(Ok(Err(unattended)));
+        }
+        wreck
+    }
+
+    /// The end of a worker, however it came.
+    fn finish(self, ended: std::thread::Result<Result<End>>) -> Option<Wreck> {
         let error = match ended {
             Ok(Ok(End::Quiet | End::Taken)) => None,
             Ok(Ok(End::Abandoned)) => Some(
@@ -154,10 +186,22 @@ impl Worker {
                     && self.harvest.is_empty()
                     && !core.has_backlog()
                     && self.mailbox.may_sleep();
-                let entered = core.enter(u32::from(nothing_to_do));
-                self.mailbox.awake();
+                let (mailbox, harvest) = (&self.mailbox, &mut self.harvest);
+                let (mut core, mut entered) = (Some(core), Ok(()));
+                let mut enter = || {
+                    let Some(mut core) = core.take() else { return };
+                    entered = core.enter(u32::from(nothing_to_do));
+                    mailbox.awake();
+                    if entered.is_ok() {
+                        core.reap(harvest);
+                    }
+                };
+                if nothing_to_do {
+                    self.attendant.pause(&mut enter);
+                }
+                // Once only, whatever the attendant did.
+                enter();
                 entered?;
-                core.reap(&mut self.harvest);
             }
             self.deliver();
             if !self.harvest.ended.is_empty() && !self.detach_ended() {
@@ -220,7 +264,35 @@ impl Worker {
                 drop(request);
                 continue;
             };
-            Self::handle(served, request, &self.ring, &mut self.spawned);
+            let place = (request.device(), request.queue(), request.tag());
+            let caught = contained(served, &self.ring, &mut self.spawned, |handler, context| {
+                handler.handle(request, context);
+            });
+            if let Err(text) = caught {
+                let (device, queue, tag) = place;
+                tracing::error!(
+                    device,
+                    queue,
+                    tag,
+                    text,
+                    "the backend panicked: the client gets EIO"
+                );
+            }
+            for task in self.spawned.drain(..) {
+                self.executor.spawn(key, task);
+            }
+            if self.touched.last() != Some(&key) && !self.touched.contains(&key) {
+                self.touched.push(key);
+            }
+        }
+        for key in self.touched.drain(..) {
+            let Some(Some(served)) = self.served.get_mut(key as usize) else { continue };
+            let caught = contained(served, &self.ring, &mut self.spawned, |handler, context| {
+                handler.turn_ended(context);
+            });
+            if let Err(text) = caught {
+                tracing::error!(text, "the backend panicked at the end of a turn");
+            }
             for task in self.spawned.drain(..) {
                 self.executor.spawn(key, task);
             }
@@ -231,19 +303,6 @@ impl Worker {
                 served.meter.panics.add(1);
             }
         });
-    }
-
-    fn handle(served: &mut Served, request: Request, ring: &Ring, spawned: &mut Vec<Task>) {
-        let place = (request.device(), request.queue(), request.tag());
-        let mut context = QueueContext::new(ring, spawned);
-        let handler = &mut served.handler;
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| handler.handle(request, &mut context)))
-        {
-            served.meter.panics.add(1);
-            let (device, queue, tag) = place;
-            let text = panic_text(&*panic);
-            tracing::error!(device, queue, tag, text, "the backend panicked: the client gets EIO");
-        }
     }
 
     /// Lets go of the queues whose tags have come home. False if the core was taken away.
@@ -264,6 +323,21 @@ impl Worker {
         }
         true
     }
+}
+
+/// Runs a handler's code, and says what it panicked with.
+fn contained(
+    served: &mut Served,
+    ring: &Ring,
+    spawned: &mut Vec<Task>,
+    run: impl FnOnce(&mut dyn QueueHandler, &mut QueueContext<'_>),
+) -> std::result::Result<(), String> {
+    let mut context = QueueContext::new(ring, spawned);
+    let handler = &mut *served.handler;
+    catch_unwind(AssertUnwindSafe(|| run(handler, &mut context))).map_err(|panic| {
+        served.meter.panics.add(1);
+        panic_text(&*panic).to_owned()
+    })
 }
 
 /// How long a worker waits at its end for ring operations whose futures were dropped.
