@@ -1,0 +1,1 @@
+"""Runs programs and tests on real Linux kernels in QEMU."""
