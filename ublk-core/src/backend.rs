@@ -327,6 +327,7 @@ impl<F: FnMut(Request, &mut QueueContext<'_>) + 'static> QueueHandler for F {
 pub struct QueueContext<'a> {
     ring: &'a Ring,
     spawned: &'a mut Vec<Task>,
+    remaining: usize,
 }
 
 impl std::fmt::Debug for QueueContext<'_> {
@@ -336,8 +337,13 @@ impl std::fmt::Debug for QueueContext<'_> {
 }
 
 impl<'a> QueueContext<'a> {
-    pub(crate) fn new(ring: &'a Ring, spawned: &'a mut Vec<Task>) -> Self {
-        QueueContext { ring, spawned }
+    pub(crate) fn new(ring: &'a Ring, spawned: &'a mut Vec<Task>, remaining: usize) -> Self {
+        QueueContext { ring, spawned, remaining }
+    }
+
+    /// How many requests that arrived together with this one are still to be handled, of all queues of the worker.
+    pub fn remaining(&self) -> usize {
+        self.remaining
     }
 
     /// Gives the results of requests that were completed so far to the kernel at once.

@@ -233,6 +233,8 @@ pub struct Request {
     told: bool,
     /// The metadata of a read was put.
     marked: bool,
+    /// Somebody keeps the memory.
+    keeps_buffer: bool,
 }
 
 /// What is written to where a read's holder left a gap, if its data does not go by the buffer.
@@ -259,6 +261,7 @@ impl Request {
             broken: Cell::new(None),
             told: false,
             marked: false,
+            keeps_buffer: false,
             zones: if op == Op::ReportZones { desc.nr_sectors } else { 0 },
             slot: Some(slot),
         };
@@ -546,27 +549,19 @@ impl Request {
     ///
     /// [`Gone`]: the client has been answered by somebody else.
     pub fn complete<E: Into<Errno>>(self, result: Result<(), E>) -> Result<(), Gone> {
-        self.end(result.map_err(Into::into), false, false)
+        self.end(result.map_err(Into::into))
     }
 
-    /// As [`complete`](Self::complete), for a holder that keeps seeing the buffer (an exported view, say):
-    /// the tag gets other memory, and this one stays valid, and nobody else's, until it is dropped. That is so also
-    /// if the request is [`Gone`].
-    pub fn complete_keeping_buffer<E: Into<Errno>>(
-        self,
-        result: Result<(), E>,
-    ) -> (KeptBuffer, Result<(), Gone>) {
+    /// Keeps the request's memory beyond its end, for a holder that goes on seeing it (an exported view, say). However
+    /// the request ends, its tag gets other memory then, and this one stays valid, and nobody else's, until what this
+    /// returns is dropped.
+    pub fn keep_buffer(&mut self) -> KeptBuffer {
+        self.keeps_buffer = true;
         let len = if self.op.has_data() { self.len as usize } else { 0 };
-        let kept = KeptBuffer { slot: Arc::clone(self.slot()), len };
-        (kept, self.end(result.map_err(Into::into), false, true))
+        KeptBuffer { slot: Arc::clone(self.slot()), len }
     }
 
-    fn end(
-        mut self,
-        result: Result<(), Errno>,
-        dropped: bool,
-        keeps_buffer: bool,
-    ) -> Result<(), Gone> {
+    fn end(mut self, result: Result<(), Errno>) -> Result<(), Gone> {
         let mut result = result;
         if self.op == Op::Read && result.is_ok() {
             if self.slot().operations() == 0 {
@@ -605,8 +600,8 @@ impl Request {
                 Err(Errno::EOPNOTSUPP) if self.op == Op::Flush => Err(Errno::EIO),
                 Err(errno) => Err(errno),
             },
-            dropped,
-            keeps_buffer,
+            dropped: false,
+            keeps_buffer: self.keeps_buffer,
         };
         let Some(slot) = self.slot.take() else { unreachable!("ended once: `end` consumes it") };
         hand_back(slot, outcome)
@@ -651,7 +646,8 @@ fn hand_back(slot: Arc<Slot>, outcome: Outcome) -> Result<(), Gone> {
 impl Drop for Request {
     fn drop(&mut self) {
         if let Some(slot) = self.slot.take() {
-            let outcome = Outcome { result: Err(Errno::EIO), dropped: true, keeps_buffer: false };
+            let keeps_buffer = self.keeps_buffer;
+            let outcome = Outcome { result: Err(Errno::EIO), dropped: true, keeps_buffer };
             // Gone means that the client was answered already: nothing to add.
             let _ = hand_back(slot, outcome);
         }
@@ -670,7 +666,8 @@ impl fmt::Debug for Request {
     }
 }
 
-/// A completed request's memory, kept by [`Request::complete_keeping_buffer`]. It is this holder's alone.
+/// A request's memory, kept by [`Request::keep_buffer`]. Once the request has ended it is this
+/// holder's alone.
 pub struct KeptBuffer {
     slot: Arc<Slot>,
     len: usize,

@@ -23,7 +23,7 @@ impl Request {
             self.slot().set_append_sector(offset >> 9);
             self.told = true;
         }
-        self.end(if sensible { Ok(()) } else { Err(Errno::EIO) }, false, false).map(drop)
+        self.end(if sensible { Ok(()) } else { Err(Errno::EIO) })
     }
 
     /// Answers a report of zones, of which the first is the one that holds the request's offset and each other
@@ -40,6 +40,6 @@ impl Request {
             self.push(0, &bytes);
             self.told = true;
         }
-        self.end(Ok(()), false, false).map(drop)
+        self.end(Ok(()))
     }
 }

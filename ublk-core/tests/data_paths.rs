@@ -247,8 +247,8 @@ fn a_kept_buffer_is_its_holders_on_every_path() {
                 Op::Read => request.data_mut().fill(fill),
                 _ => assert_eq!(request.data()[0], 0x77),
             }
-            let (buffer, told) = request.complete_keeping_buffer(Ok::<(), Errno>(()));
-            told.unwrap();
+            let buffer = request.keep_buffer();
+            request.complete(Ok::<(), Errno>(())).unwrap();
             kept.push(buffer);
         });
         let disk = disk.start().unwrap();

@@ -1,4 +1,28 @@
 //! The native half of the Python package `ublk`: private, wrapped by the typed Python around it.
+//!
+//! * [`calls`] calls a Python backend's methods and turns what they do into a request's answer;
+//! * [`buffer`] shows requests' memory to Python;
+//! * [`serve`] has the ways from a worker to those calls: on the worker itself, on a pool of threads, by an asyncio
+//!   loop, or the raw requests ([`request`]);
+//! * [`pace`] says when answers are given to the kernel;
+//! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
+//! * [`options`], [`device`], [`targets`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`errors`] and [`log`] bring errors and messages over.
+
+mod attend;
+mod buffer;
+mod calls;
+mod device;
+mod errors;
+mod log;
+mod machine;
+mod options;
+mod pace;
+mod pool;
+mod request;
+mod serve;
+mod stats;
+mod targets;
 
 use pyo3::prelude::*;
 
@@ -6,8 +30,31 @@ use pyo3::prelude::*;
 mod _native {
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
+    #[pymodule_export]
+    use super::buffer::Buffer;
+    #[pymodule_export]
+    use super::calls::Calls;
+    #[pymodule_export]
+    use super::device::{Device, Workers};
+    #[pymodule_export]
+    use super::log::{close_log, forked, next_record};
+    #[pymodule_export]
+    use super::machine::{delete, feature_names, features, list_devices};
+    #[pymodule_export]
+    use super::options::Spec;
+    #[pymodule_export]
+    use super::request::Request;
+    #[pymodule_export]
+    use super::serve::Inbox;
+    #[pymodule_export]
+    use super::targets::{File, Mem, Null, ZonedMem};
+
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {
-        m.add("__version__", env!("CARGO_PKG_VERSION"))
+        m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        m.add("StateError", m.py().get_type::<super::errors::StateError>())?;
+        m.add("GoneError", m.py().get_type::<super::errors::GoneError>())?;
+        super::log::install();
+        Ok(())
     }
 }

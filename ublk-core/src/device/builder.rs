@@ -276,6 +276,16 @@ impl Builder {
         self
     }
 
+    /// Leaves out what the backend could do: without [`FLUSH`](Capabilities::FLUSH), for instance, the disk has no
+    /// volatile cache, and no FUA either.
+    pub fn without(mut self, capabilities: Capabilities) -> Self {
+        self.capabilities = self.capabilities.without(capabilities);
+        if !self.capabilities.contains(Capabilities::FLUSH) {
+            self.capabilities = self.capabilities.without(Capabilities::FUA);
+        }
+        self
+    }
+
     /// How discards are limited, for a backend that takes them. Default: granules of one logical block.
     pub fn discard(mut self, discard: Discard) -> Self {
         self.discard = Some(discard);

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -208,6 +209,13 @@ impl AsyncBackend for File {
             ring.fsync(&self.file, true).await?;
         }
         Ok(())
+    }
+}
+
+/// The file itself, for instance to read it beside the disk.
+impl AsFd for File {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -259,13 +259,16 @@ impl Worker {
         for waker in self.harvest.wakers.drain(..) {
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
-        for (key, request) in self.harvest.requests.drain(..) {
+        let mut requests = self.harvest.requests.drain(..);
+        while let Some((key, request)) = requests.next() {
+            let remaining = requests.len();
             let Some(Some(served)) = self.served.get_mut(key as usize) else {
                 drop(request);
                 continue;
             };
             let place = (request.device(), request.queue(), request.tag());
-            let caught = contained(served, &self.ring, &mut self.spawned, |handler, context| {
+            let context = QueueContext::new(&self.ring, &mut self.spawned, remaining);
+            let caught = contained(served, context, |handler, context| {
                 handler.handle(request, context);
             });
             if let Err(text) = caught {
@@ -285,9 +288,11 @@ impl Worker {
                 self.touched.push(key);
             }
         }
+        drop(requests);
         for key in self.touched.drain(..) {
             let Some(Some(served)) = self.served.get_mut(key as usize) else { continue };
-            let caught = contained(served, &self.ring, &mut self.spawned, |handler, context| {
+            let context = QueueContext::new(&self.ring, &mut self.spawned, 0);
+            let caught = contained(served, context, |handler, context| {
                 handler.turn_ended(context);
             });
             if let Err(text) = caught {
@@ -328,11 +333,9 @@ impl Worker {
 /// Runs a handler's code, and says what it panicked with.
 fn contained(
     served: &mut Served,
-    ring: &Ring,
-    spawned: &mut Vec<Task>,
+    mut context: QueueContext<'_>,
     run: impl FnOnce(&mut dyn QueueHandler, &mut QueueContext<'_>),
 ) -> std::result::Result<(), String> {
-    let mut context = QueueContext::new(ring, spawned);
     let handler = &mut *served.handler;
     catch_unwind(AssertUnwindSafe(|| run(handler, &mut context))).map_err(|panic| {
         served.meter.panics.add(1);

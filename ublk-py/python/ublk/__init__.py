@@ -1,7 +1,59 @@
-"""Linux block devices served from Python."""
+"""Linux block devices served from Python: a class with ``pread`` and ``pwrite`` becomes ``/dev/ublkbN``.
+
+>>> import ublk
+>>> class RamDisk:
+...     def __init__(self, size):
+...         self.data = bytearray(size)
+...     def pread(self, buf, offset):
+...         buf[:] = self.data[offset : offset + len(buf)]
+...     def pwrite(self, buf, offset):
+...         self.data[offset : offset + len(buf)] = buf
+...     def flush(self):
+...         pass
+>>> with ublk.Device(RamDisk(1 << 20), size="1MiB") as dev:
+...     with open(dev.path, "r+b", buffering=0) as disk:
+...         _ = disk.write(b"x" * 512)
+...         _ = disk.seek(0)
+...         disk.read(3)
+b'xxx'
+"""
 
 from __future__ import annotations
 
-from ublk._native import __version__
+from ublk._backend import AnyBackend, AsyncBackend, Backend, RawBackend
+from ublk._device import Device, recover
+from ublk._machine import delete, features, list  # noqa: A004
+from ublk._native import File, GoneError, Mem, Null, Request, StateError, Workers, ZonedMem, __version__
+from ublk._size import parse_size
+from ublk._types import DataPath, DeviceInfo, Flags, OpStats, QueueStats, Recovery, Stats, Zone, Zoned
 
-__all__ = ["__version__"]
+__all__ = [
+    "AnyBackend",
+    "AsyncBackend",
+    "Backend",
+    "DataPath",
+    "Device",
+    "DeviceInfo",
+    "File",
+    "Flags",
+    "GoneError",
+    "Mem",
+    "Null",
+    "OpStats",
+    "QueueStats",
+    "RawBackend",
+    "Recovery",
+    "Request",
+    "StateError",
+    "Stats",
+    "Workers",
+    "Zone",
+    "ZonedMem",
+    "Zoned",
+    "__version__",
+    "delete",
+    "features",
+    "list",
+    "parse_size",
+    "recover",
+]

@@ -1,0 +1,125 @@
+"""Backends whose methods are ``async``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from ublk._native import GoneError, Inbox
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from ublk._backend import Found
+    from ublk._native import Request
+
+__all__ = ["Courier"]
+
+
+class Courier:
+    """Brings requests from the workers to a loop, and runs the backend's methods there."""
+
+    def __init__(self, found: Found, flags: list[Any]) -> None:
+        self.inbox = Inbox()
+        self._methods = found.methods
+        self._raw = found.raw
+        self._flags = flags
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on requests are served by this loop."""
+        self._loop = loop
+        self.inbox.connect(loop, self._drain)
+
+    def run(self, name: str) -> None:
+        """Runs a loop of its own on a thread, until `end`."""
+        started: list[asyncio.AbstractEventLoop] = []
+        ready = threading.Event()
+
+        async def serve() -> None:
+            self._stop = asyncio.Event()
+            started.append(asyncio.get_running_loop())
+            ready.set()
+            await self._stop.wait()
+
+        # A daemon, lest a device that was never closed keeps the program from ending.
+        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name=name, daemon=True)
+        self._thread.start()
+        ready.wait()
+        self.attach(started[0])
+
+    def end(self, within: float) -> bool:
+        """Ends a loop of its own. False if it did not end in time."""
+        if self._thread is None or self._loop is None:
+            return True
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(within)
+        return not self._thread.is_alive()
+
+    def is_serving_thread(self) -> bool:
+        """Whether the caller is on the loop that serves."""
+        return self._loop is not None and asyncio._get_running_loop() is self._loop  # noqa: SLF001
+
+    def _drain(self) -> None:
+        for request in self.inbox.take():
+            self._spawn(self._serve(request))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        loop = self._loop
+        if sys.version_info >= (3, 12):
+            # What needs no wait is done at once.
+            task = asyncio.Task(coroutine, loop=loop, eager_start=True)
+            if task.done():
+                return
+        else:
+            assert loop is not None
+            task = loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            result = self._call(request)
+            if asyncio.iscoroutine(result) or hasattr(result, "__await__"):
+                result = await result
+        except BaseException as error:  # noqa: BLE001  # the client is answered whatever it is
+            request._raised(error)  # noqa: SLF001
+        else:
+            if not self._raw:
+                with contextlib.suppress(GoneError):
+                    request.complete(result)
+
+    def _call(self, request: Request) -> Any:
+        if self._raw:
+            return self._methods["handle"][0](request)
+        op = request.op
+        name = _METHOD_OF.get(op, "zone")
+        method, takes_flags = self._methods[name]
+        flags = {"flags": self._flags[request._flags]} if takes_flags else {}  # noqa: SLF001
+        # No reference to the buffer stays here: it belongs to the method.
+        if op == "flush":
+            return method(**flags)
+        if op in {"read", "write", "append"}:
+            return method(request.buffer, request.offset, **flags)
+        if op in {"trim", "zero"}:
+            return method(request.length, request.offset, **flags)
+        if op == "report_zones":
+            return method(request.offset, request.zones, **flags)
+        return method(op, request.offset, **flags)
+
+
+_METHOD_OF = {
+    "read": "pread",
+    "write": "pwrite",
+    "flush": "flush",
+    "trim": "trim",
+    "zero": "zero",
+    "append": "append",
+    "report_zones": "report_zones",
+}

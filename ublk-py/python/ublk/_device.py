@@ -1,0 +1,802 @@
+"""Devices: how one is described, started, looked at and stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
+
+from ublk import _log, _native
+from ublk._aio import Courier
+from ublk._backend import READY_MADE, AnyBackend, inspect_backend
+from ublk._native import StateError
+from ublk._size import parse_size
+from ublk._types import DataPath, DeviceInfo, Flags, Recovery, Stats, Zoned, info_of, stats_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import TracebackType
+
+    from ublk._native import Workers
+
+__all__ = ["Device", "recover"]
+
+_logger = logging.getLogger("ublk")
+_FLAGS: list[Any] = [Flags(bits) for bits in range(32)]
+_RECOVERY = {
+    "wait": ("USER_RECOVERY",),
+    "reissue": ("USER_RECOVERY", "USER_RECOVERY_REISSUE"),
+    "fail": ("USER_RECOVERY", "USER_RECOVERY_FAIL_IO"),
+}
+_FORCE_WITHIN = 5.0
+
+_live: weakref.WeakSet[Device] = weakref.WeakSet()
+
+
+class Device:
+    """A disk, ``/dev/ublkbN``, that this process serves.
+
+    Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and deletes**
+    it at the end:
+
+    >>> import ublk
+    >>> with ublk.Device(ublk.Mem("64MiB")) as dev:
+    ...     size = os.stat(dev.path).st_rdev != 0
+    >>> os.path.exists(dev.path)
+    False
+
+    Args:
+        backend: Who answers the requests: any object with ``pread``, ``pwrite``, … (`Backend`), with ``async`` ones
+            (`AsyncBackend`), with ``handle`` (`RawBackend`), a module with such functions, or a ready-made one (`Null`,
+            `Mem`, `File`, `ZonedMem`).
+        size: Bytes of the disk, a multiple of the logical block size: an int, or a string like ``"10GiB"`` (see
+            `parse_size`). May be left out if the backend has a ``size``.
+        block_size: Bytes of a logical block: a power of two, 512 to 4096. Default 512, or what the backend needs.
+        physical_block_size: Bytes of a physical block: a power of two from the logical one on. Default 4096.
+        io_min: Bytes of the smallest I/O that is not slow: a power of two. Default the physical block size.
+        io_opt: Bytes of the best I/O: a power of two. Default the physical block size.
+        queues: Hardware queues, 1 to 4096; the driver clamps them to the number of CPUs. A synchronous backend is entered
+            once per queue at a time, so concurrently if there are more than one.
+        depth: Requests of each queue that can be in progress, 1 to 4096.
+        max_io_size: Bytes of the largest request: a multiple of 4096, at most 32 MiB. Default 512 KiB.
+        read_only: A read-only disk, also if the backend has ``pwrite``.
+        rotational: Whether the disk claims to seek.
+        cache: False: no volatile cache is advertised, and ``flush`` is not called. Default: one if there is a ``flush``. For
+            `RawBackend`: whether it has one.
+        fua: False: no FUA is advertised. Default: if ``pwrite`` takes ``flags`` and there is a ``flush``. For
+            `RawBackend`: whether it does.
+        trim: For `RawBackend`: whether it takes discards. Otherwise it has a ``trim`` or not.
+        trim_granularity: Bytes of the unit of discards. Default one logical block.
+        max_trim_size: Bytes of the largest discard. Default what one request can say.
+        zero: For `RawBackend`: whether it takes writes of zeroes. Otherwise it has a ``zero`` or not.
+        max_zero_size: Bytes of the largest write of zeroes. Default what one request can say.
+        zoned: The zones of a zoned disk, whose backend has the zone methods.
+        data_path: How the data moves: see `DataPath`.
+        recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
+        fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares.
+        id: The device's number, below 2**20. Default the lowest that is free.
+        threads: Threads that call the methods of a synchronous backend, so that a slow call does not stall its queue: up
+            to 1024. Default 0: each queue's worker calls them itself, one at a time.
+        workers: A pool that devices share, in place of a worker for each queue.
+        workers_per_queue: Workers that share each queue (Linux 6.16).
+        affinity: Whether each queue's worker runs only on the CPUs whose I/O comes by that queue.
+        populate: Faults the requests' buffers in at the start, and keeps them.
+        huge_pages: Allows transparent huge pages for them.
+        dma_alignment: Bytes that the memory of direct I/O is aligned to: a power of two, 2 to 4096 (Linux 6.15).
+        segments: Limits of memory segments: ``(boundary_mask, max_size, max_count)`` (Linux 6.15).
+        descriptor_size: Bytes of a request's descriptor, 24 to 256 (Linux 7.3).
+        batch: Whether requests and results travel in batches (Linux 7.0): True asks for it, False forbids it. Default: no.
+        partition_scan: False: the kernel does not look for partitions (Linux 7.0).
+        unprivileged: A device of an ordinary user: see ``docs/unprivileged.md``.
+        allow_many_unprivileged: Whether this process may serve more than one of those.
+        require: Names of features without which there is to be no device: see `features`.
+        prefer: Names of features to be asked for where the kernel has them.
+        forbid: Names of features with which there is to be no device.
+        start_timeout: Seconds that the start may take.
+        stop_timeout: Seconds that leaving ``with`` waits for users of the disk, before it is taken from them.
+
+    Raises:
+        TypeError: The backend is none, or an option is of the wrong type.
+        ValueError: A size or an option breaks a rule, which the message names.
+        OSError: What the options ask for is not to be had from this version.
+    """
+
+    _force = False
+
+    def __init__(
+        self,
+        backend: AnyBackend,
+        *,
+        size: SupportsIndex | str | None = None,
+        block_size: int | None = None,
+        physical_block_size: int | None = None,
+        io_min: int | None = None,
+        io_opt: int | None = None,
+        queues: int = 1,
+        depth: int = 128,
+        max_io_size: int | None = None,
+        read_only: bool = False,
+        rotational: bool = False,
+        cache: bool | None = None,
+        fua: bool | None = None,
+        trim: bool | None = None,
+        trim_granularity: int | None = None,
+        max_trim_size: int | None = None,
+        zero: bool | None = None,
+        max_zero_size: int | None = None,
+        zoned: Zoned | None = None,
+        data_path: DataPath = "auto",
+        recovery: Recovery | None = None,
+        fingerprint: int = 0,
+        id: int | None = None,  # noqa: A002  # the field's own name
+        threads: int = 0,
+        workers: Workers | None = None,
+        workers_per_queue: int = 1,
+        affinity: bool = True,
+        populate: bool = False,
+        huge_pages: bool = False,
+        dma_alignment: int | None = None,
+        segments: tuple[int, int, int] | None = None,
+        descriptor_size: int | None = None,
+        batch: bool | None = None,
+        partition_scan: bool = True,
+        unprivileged: bool = False,
+        allow_many_unprivileged: bool = False,
+        require: Iterable[str] = (),
+        prefer: Iterable[str] = (),
+        forbid: Iterable[str] = (),
+        start_timeout: float = 30.0,
+        stop_timeout: float = 30.0,
+    ) -> None:
+        self._native: _native.Device | None = None
+        self._phase: Literal["new", "starting", "live", "stopped"] = "new"
+        self._place: tuple[int, str] | None = None
+        self._last_stats = Stats()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._courier: Courier | None = None
+        self._stop_timeout = stop_timeout
+        requires, prefers, forbids = list(require), list(prefer), list(forbid)
+        if recovery is not None:
+            if recovery not in _RECOVERY:
+                raise ValueError(f"recovery={recovery!r}: one of {', '.join(map(repr, _RECOVERY))}, or None")
+            requires += _RECOVERY[recovery]
+        if batch is not None:
+            (requires if batch else forbids).append("BATCH_IO")
+        if not partition_scan:
+            requires.append("NO_AUTO_PART_SCAN")
+        if unprivileged:
+            requires.append("UNPRIVILEGED_DEV")
+        options: dict[str, Any] = {
+            "block_size": block_size,
+            "physical_block_size": physical_block_size,
+            "io_min": io_min,
+            "io_opt": io_opt,
+            "queues": queues,
+            "depth": depth,
+            "max_io_size": max_io_size,
+            "read_only": read_only,
+            "rotational": rotational,
+            "cache": cache,
+            "fua": fua,
+            "max_zero_size": max_zero_size,
+            "data_path": data_path,
+            "fingerprint": fingerprint,
+            "id": id,
+            "threads": threads,
+            "workers": workers,
+            "workers_per_queue": workers_per_queue,
+            "pin": affinity,
+            "populate": populate,
+            "huge_pages": huge_pages,
+            "dma_alignment": dma_alignment,
+            "segments": segments,
+            "descriptor_size": descriptor_size,
+            "allow_many_unprivileged": allow_many_unprivileged,
+            "require": requires,
+            "prefer": prefers,
+            "forbid": forbids,
+            "start_timeout": start_timeout,
+        }
+        if trim_granularity is not None or max_trim_size is not None:
+            options["trim"] = (trim_granularity or block_size or 512, 0, max_trim_size)
+        if zoned is not None:
+            options["zoned"] = (zoned.zone_size, zoned.max_open, zoned.max_active, zoned.max_append)
+        self._describe(backend, size, block_size, options, {"write": not read_only, "flush": cache, "fua": fua, "trim": trim, "zero": zero})
+
+    def _describe(
+        self,
+        backend: AnyBackend,
+        size: SupportsIndex | str | None,
+        block_size: int | None,
+        options: dict[str, Any],
+        said: dict[str, bool | None],
+    ) -> None:
+        """Looks at the backend, and has everything checked."""
+        options["force"] = self._force
+        ready_made = isinstance(backend, READY_MADE)
+        found = None if ready_made else inspect_backend(backend)
+        if size is None:
+            size = getattr(backend, "size", None)
+            if size is None:
+                raise TypeError(f"Device() needs a size: {type(backend).__name__} has none")
+        self._size = parse_size(size, block_size=block_size or 512)
+        if found is None:
+            self._spec = _native.Spec(backend, self._size, options)
+            return
+        if found.raw:
+            options |= {f"can_{name}": bool(able) for name, able in said.items()}
+            options["cache"] = options["fua"] = None
+        else:
+            wrong = [name for name in ("trim", "zero") if said[name] and name not in found.methods]
+            if wrong:
+                raise ValueError(f"{wrong[0]}=True: the backend has no {wrong[0]}()")
+            for name in ("trim", "zero"):
+                if said[name] is False:
+                    options[f"can_{name}"] = False
+            if said["flush"] and "flush" not in found.methods:
+                raise ValueError("cache=True: the backend has no flush()")
+            if said["fua"] and not ("flush" in found.methods and found.methods.get("pwrite", (None, False))[1]):
+                raise ValueError("fua=True: it takes a flush(), and a pwrite() with an argument named flags")
+        calls = _native.Calls(found.methods, _FLAGS)
+        if found.is_async:
+            self._courier = Courier(found, _FLAGS)
+        inbox = self._courier.inbox if self._courier else None
+        self._spec = _native.Spec(calls, self._size, options, inbox, raw=found.raw and not found.is_async)
+
+    # Life.
+
+    def start(self) -> Self:
+        """Makes the device; returns when the disk can be used: its node is there, and opens.
+
+        Raises:
+            StateError: It was started before.
+            FileNotFoundError: The driver is not loaded (``modprobe ublk_drv``).
+            PermissionError: The caller may not make devices.
+            FileExistsError: The ``id`` is taken.
+            OSError: What else the kernel refuses; a note says what to do.
+            TimeoutError: It took longer than ``start_timeout``.
+
+        >>> import ublk
+        >>> dev = ublk.Device(ublk.Null(), size="1GiB").start()
+        >>> dev.stop()
+        """
+        self._begin()
+        if self._courier is not None:
+            self._courier.run("ublk-loop")
+        return self._bring_up()
+
+    async def start_async(self) -> Self:
+        """As `start`, without blocking the running loop, which an ``async`` backend is served by.
+
+        >>> import asyncio, ublk
+        >>> async def main():
+        ...     dev = await ublk.Device(ublk.Mem("1MiB")).start_async()
+        ...     await dev.stop_async()
+        >>> asyncio.run(main())
+        """
+        self._begin()
+        if self._courier is not None:
+            self._courier.attach(asyncio.get_running_loop())
+        return await _in_thread(self._bring_up)
+
+    def _begin(self) -> None:
+        self._check_process()
+        with self._lock:
+            if self._phase != "new":
+                raise StateError("the device was started before: make a new one")
+            self._phase = "starting"
+        _log.ensure_thread()
+
+    def _bring_up(self) -> Self:
+        try:
+            native = self._launch()
+        except BaseException:
+            self._phase = "stopped"
+            self._end_loop()
+            raise
+        self._native = native
+        self._place = (native.id, native.path)
+        self._phase = "live"
+        _live.add(self)
+        for warning in native.warnings:
+            _logger.warning("%s: %s", native.path, warning)
+        return self
+
+    def _launch(self) -> _native.Device:
+        return self._spec.start()
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """Stops the disk when nobody uses it, and deletes the device: when this returns, its nodes are gone.
+
+        Opens that are short, like udev's, are waited for. Requests that the backend does not answer within ``timeout``
+        seconds fail with EIO. Calling it again does nothing.
+
+        Raises:
+            TimeoutError: The disk is in use; the message and the attribute ``holders`` say by whom. It goes on.
+            StateError: The caller is a method of the backend, or the loop that serves it.
+            BaseException: What a method of the backend raised that is no `Exception`, unless `wait` has raised it.
+
+        >>> import ublk
+        >>> dev = ublk.Device(ublk.Null(), size="1GiB").start()
+        >>> dev.stop(timeout=10)
+        >>> dev.stop()
+        """
+        self._check_loop("stop")
+        self._stop(timeout, force=False)
+
+    def stop_force(self, timeout: float = 30.0) -> None:
+        """As `stop`, whoever uses the disk: it is pulled from under them. A file system on it loses what it has not
+        written.
+
+        >>> import ublk
+        >>> dev = ublk.Device(ublk.Mem("1MiB")).start()
+        >>> with open(dev.path, "rb") as disk:
+        ...     dev.stop_force(5)
+        """  # noqa: D205
+        self._check_loop("stop_force")
+        self._stop(timeout, force=True)
+
+    async def stop_async(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109
+        """As `stop`, without blocking the running loop.
+
+        >>> import asyncio, ublk
+        >>> async def main():
+        ...     async with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...         await dev.stop_async()
+        >>> asyncio.run(main())
+        """
+        await _in_thread(lambda: self._stop(timeout, force=False))
+
+    async def stop_force_async(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109
+        """As `stop_force`, without blocking the running loop.
+
+        >>> import asyncio, ublk
+        >>> async def main():
+        ...     async with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...         await dev.stop_force_async()
+        >>> asyncio.run(main())
+        """
+        await _in_thread(lambda: self._stop(timeout, force=True))
+
+    def _stop(self, timeout: float, *, force: bool) -> None:
+        self._check_process()
+        native = self._native
+        if native is None:
+            if self._phase == "new":
+                self._phase = "stopped"
+            return
+        for leftover in native.stop(timeout, force):
+            _logger.warning("%s: %s", native.path, leftover)
+        self._over(native)
+
+    def _over(self, native: _native.Device) -> None:
+        with self._lock:
+            if self._native is None:
+                return
+            self._last_stats = stats_of(native.stats())
+            self._native = None
+            self._phase = "stopped"
+        _live.discard(self)
+        self._end_loop()
+        fatal = native.take_fatal()
+        if fatal is not None:
+            raise fatal
+
+    def _end_loop(self) -> None:
+        if self._courier is not None and not self._courier.end(_FORCE_WITHIN):
+            _logger.warning("%r: its event loop does not end", self)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the device has ended, by whomever, and says whether it has.
+
+        Signals are handled meanwhile: Ctrl-C raises KeyboardInterrupt here.
+
+        Args:
+            timeout: Seconds; None waits for ever.
+
+        Raises:
+            OSError: What took it down, if it failed.
+            StateError: It was not started; or the caller is a method of the backend, or the loop that serves it.
+            BaseException: What a method of the backend raised that is no `Exception`.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
+        ...     dev.wait(timeout=0.01)
+        False
+        """
+        self._check_loop("wait")
+        native = self._started()
+        if native is None:
+            return True
+        poll = select.poll()
+        poll.register(native.ended_fd(), select.POLLIN)
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            left = -1 if end is None else max(0.0, end - time.monotonic()) * 1000
+            if poll.poll(left):
+                return self._ended(native)
+            if end is not None and time.monotonic() >= end:
+                return False
+
+    async def wait_async(self) -> None:
+        """As `wait`, without blocking the running loop. Cancelling it leaves the device as it is.
+
+        >>> import asyncio, ublk
+        >>> async def main():
+        ...     async with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...         with contextlib.suppress(TimeoutError):
+        ...             await asyncio.wait_for(dev.wait_async(), 0.01)
+        >>> asyncio.run(main())
+        """
+        native = self._started()
+        if native is None:
+            return
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+        # Another descriptor of it: two waits of one loop must not take each other's.
+        fd = os.dup(native.ended_fd())
+        try:
+            loop.add_reader(fd, lambda: ended.done() or ended.set_result(None))
+            await ended
+        finally:
+            loop.remove_reader(fd)
+            os.close(fd)
+        self._ended(native)
+
+    def _ended(self, native: _native.Device) -> bool:
+        fatal = native.take_fatal()
+        if fatal is not None:
+            raise fatal
+        native.ending()
+        return True
+
+    def hand_over(self, timeout: float = 30.0) -> None:
+        """Gives the disk to the next server, which takes it over by `recover`: under its users, a mounted file system
+        for instance, and without a failed request. Takes ``recovery="wait"`` or ``"reissue"``, and Linux 6.16.
+
+        Raises:
+            OSError: The device or the kernel cannot do that; a note says what is missing.
+            TimeoutError: The backend did not answer in time what it had; the device goes on.
+            StateError: It is not live.
+
+        >>> import ublk
+        >>> mem = ublk.Mem("1MiB")
+        >>> if "QUIESCE" in (ublk.features() or ()):
+        ...     dev = ublk.Device(mem, recovery="wait").start()
+        ...     dev.hand_over()
+        ...     ublk.recover(dev.id, mem).stop()
+        """  # noqa: D205
+        self._check_loop("hand_over")
+        native = self._require_live("hand the device over")
+        native.hand_over(timeout)
+        self._over(native)
+
+    def quiesce(self, timeout: float = 30.0) -> None:
+        """The same as `hand_over`, by the kernel's name for it: the device stays, quiesced, until `recover`.
+
+        >>> import ublk
+        >>> mem = ublk.Mem("1MiB")
+        >>> if "QUIESCE" in (ublk.features() or ()):
+        ...     dev = ublk.Device(mem, recovery="wait").start()
+        ...     dev.quiesce()
+        ...     ublk.recover(dev.id, mem).stop()
+        """
+        self.hand_over(timeout)
+
+    def resize(self, size: SupportsIndex | str) -> None:
+        """Gives the disk another size, which its users see at once. A file system has to be told (``resize2fs``). Linux
+        6.16.
+
+        Raises:
+            ValueError: It is no size, or not a multiple of the logical block size.
+            OSError: The kernel cannot do that.
+            StateError: The device is not live.
+
+        >>> import ublk
+        >>> if "UPDATE_SIZE" in (ublk.features() or ()):
+        ...     with ublk.Device(ublk.Null(), size="1GiB") as dev:
+        ...         dev.resize("2GiB")
+        ...         assert dev.size == 2 << 30
+        """  # noqa: D205
+        self._check_loop("resize")
+        native = self._require_live("resize the device")
+        native.resize(parse_size(size))
+        self._size = native.info()["size"]
+
+    # What it is.
+
+    @property
+    def id(self) -> int:
+        """The device's number, also after its end.
+
+        Raises:
+            StateError: It was not started.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
+        ...     dev.id >= 0
+        True
+        """
+        return self._where()[0]
+
+    @property
+    def path(self) -> str:
+        """The disk's node, ``/dev/ublkbN``, also after its end.
+
+        Raises:
+            StateError: It was not started.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
+        ...     dev.path.startswith("/dev/ublkb")
+        True
+        """
+        return self._where()[1]
+
+    def _where(self) -> tuple[int, str]:
+        if self._place is None:
+            raise StateError("the device has no number yet: it was not started")
+        return self._place
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk.
+
+        >>> import ublk
+        >>> ublk.Device(ublk.Null(), size="1KiB").size
+        1024
+        """
+        return self._size
+
+    @property
+    def state(self) -> str:
+        """Where it is in its life: ``"new"``, ``"live"``, ``"quiesced"``, ``"fail-io"`` (by the driver's word), ``"dead"`` or
+        ``"stopped"``.
+
+        >>> import ublk
+        >>> ublk.Device(ublk.Null(), size="1KiB").state
+        'new'
+        """  # noqa: D205
+        native = self._native
+        return native.state() if native is not None else self._phase
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The features that the driver granted; empty unless it is live.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
+        ...     "CMD_IOCTL_ENCODE" in dev.features
+        True
+        """
+        return frozenset(self._native.features) if self._native is not None else frozenset()
+
+    @property
+    def data_path(self) -> str:
+        """How the data moves; never ``"auto"``.
+
+        Raises:
+            StateError: It is not live.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...     dev.data_path
+        'copy'
+        """
+        return self._require_live("say how data moves").data_path
+
+    @property
+    def info(self) -> DeviceInfo:
+        """The device as the driver described it.
+
+        Raises:
+            StateError: It is not live.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Mem("1MiB"), depth=16) as dev:
+        ...     dev.info.depth
+        16
+        """
+        raw = self._require_live("describe the device").info()
+        raw.pop("block_size")
+        return info_of({**raw, "state": "live"})
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is not as it should be, though the disk works: a privilege that is missing, for instance.
+
+        >>> import ublk
+        >>> ublk.Device(ublk.Null(), size="1KiB").warnings
+        []
+        """
+        return list(self._native.warnings) if self._native is not None else []
+
+    def stats(self) -> Stats:
+        """What it has counted since its start; the last word after its end.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...     with open(dev.path, "rb", buffering=0) as disk:
+        ...         _ = disk.read(4096)
+        ...     dev.stats().total.read.bytes >= 4096
+        True
+        """
+        native = self._native
+        return stats_of(native.stats()) if native is not None else self._last_stats
+
+    # Python's own.
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._check_loop("leave `with`")
+        self._leave(error)
+
+    async def __aenter__(self) -> Self:
+        return await self.start_async()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _in_thread(lambda: self._leave(error))
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Politely first, then by force: nothing is left behind."""
+        try:
+            self._stop(self._stop_timeout, force=False)
+        except TimeoutError as held:
+            _logger.warning("%s; it is taken from them", held)
+            self._stop(_FORCE_WITHIN, force=True)
+            if error is None:
+                raise
+        except BaseException as fatal:
+            if fatal is not error and error is None:
+                raise
+
+    def __del__(self) -> None:
+        native = getattr(self, "_native", None)
+        if native is None or self._pid != os.getpid():
+            return
+        warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
+        native.abandon()
+        # Its loop ends by itself with the program; nobody can be waited for here.
+
+    def __repr__(self) -> str:
+        if self._place is None:
+            return "<ublk.Device: not started>"
+        return f"<ublk.Device {self._place[1]}: {self._phase}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Device cannot be pickled: it belongs to the process that serves it")
+
+    # Checks.
+
+    def _started(self) -> _native.Device | None:
+        self._check_process()
+        if self._native is None and self._phase in {"new", "starting"}:
+            raise StateError("the device was not started")
+        return self._native
+
+    def _require_live(self, what: str) -> _native.Device:
+        self._check_process()
+        if self._native is None:
+            raise StateError(f"cannot {what}: it is {self._phase}, not live")
+        return self._native
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise StateError("the device belongs to the process that this one was forked from")
+
+    def _check_loop(self, what: str) -> None:
+        if self._courier is not None and self._courier.is_serving_thread():
+            raise StateError(
+                f"{what} would block the event loop that serves the device: use the async form of it"
+            )
+
+
+class _Recovered(Device):
+    """A device that another server had before."""
+
+    def __init__(self, backend: AnyBackend, number: int, *, force: bool, **options: Any) -> None:
+        self._number = number
+        self._force = force
+        super().__init__(backend, **options)
+
+    def _launch(self) -> _native.Device:
+        return self._spec.recover(self._number)
+
+
+def recover(id: int, backend: AnyBackend, *, force: bool = False, **options: Any) -> Device:  # noqa: A002
+    """Takes over device ``id``, whose server is gone: one that was made with ``recovery``.
+
+    The disk stays as it is: queues, depth and block sizes are the kernel's. The size, if it is given, and the
+    ``fingerprint`` have to be the same, and the backend has to be able to do what the disk advertises.
+
+    Args:
+        id: The device's number.
+        backend: As of `Device`.
+        force: Take it over also if its fingerprint is another.
+        options: As of `Device`: ``threads``, ``fingerprint``, ``start_timeout``, …
+
+    Returns:
+        The device, live.
+
+    Raises:
+        FileNotFoundError: There is no such device.
+        OSError: Its server lives (EBUSY).
+        StateError: It was made without ``recovery``.
+        ValueError: It is not the device that is described here.
+
+    >>> import ublk
+    >>> try:
+    ...     ublk.recover(99, ublk.Mem("1MiB"))
+    ... except FileNotFoundError as error:
+    ...     error.filename
+    '/dev/ublkc99'
+    """
+    if "size" not in options and getattr(backend, "size", None) is None:
+        options["size"] = _size_of(id)
+    return _Recovered(backend, id, force=force, **options).start()
+
+
+def _size_of(number: int) -> int:
+    for raw in _native.list_devices():
+        if raw["id"] == number and raw["size"]:
+            return int(raw["size"])
+    raise FileNotFoundError(2, f"cannot recover the device (device {number}): it has no disk", f"/dev/ublkb{number}")
+
+
+async def _in_thread(call: Any) -> Any:
+    """Runs a call that blocks on a thread of its own; a cancellation waits for it, as nothing takes it back."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((call(), None))
+        except BaseException as error:  # noqa: BLE001  # it is raised where the call was made
+            outcome.append((None, error))
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+
+    threading.Thread(target=run, name="ublk-call", daemon=True).start()
+    cancelled: asyncio.CancelledError | None = None
+    while not outcome:
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
+def _stop_all() -> None:
+    """At the program's end."""
+    for device in list(_live):
+        with contextlib.suppress(Exception):
+            device._stop(_FORCE_WITHIN, force=True)  # noqa: SLF001
+
+
+def _forked() -> None:
+    _live.clear()
+
+
+atexit.register(_stop_all)
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,294 @@
+//! A device that is served, and pools of workers.
+
+use std::io::{PipeReader, Write, pipe};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use pyo3::exceptions::{PyBaseException, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use ublk_core::{Ending, Errno, Error, ErrorKind, Running};
+
+use crate::attend::Interpreter;
+use crate::calls::Sink;
+use crate::errors::{OrRaise, StateError, raise, still_held};
+use crate::machine::describe;
+use crate::pool::Pool;
+use crate::stats::stats;
+
+/// A live device's handle.
+#[pyclass(frozen, module = "ublk._native")]
+pub(crate) struct Device {
+    running: Mutex<Option<Running>>,
+    handle: ublk_core::Device,
+    sink: Option<Arc<Sink>>,
+    pool: Option<Arc<Pool>>,
+    ended: Mutex<Option<PipeReader>>,
+}
+
+/// How long the threads of a pool are waited for when their device has ended.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+impl Device {
+    pub(crate) fn new(
+        py: Python<'_>,
+        running: Running,
+        sink: Option<Arc<Sink>>,
+        pool: Option<Arc<Pool>>,
+    ) -> PyResult<Self> {
+        let device = Device {
+            handle: running.handle(),
+            running: Mutex::new(Some(running)),
+            sink,
+            pool,
+            ended: Mutex::default(),
+        };
+        let lives = device.sink.as_ref().is_none_or(|sink| sink.set_device(device.handle.clone()));
+        if !lives {
+            device.stop(py, 5.0, true)?;
+            if let Some(fatal) = device.take_fatal() {
+                return Err(PyErr::from_value(fatal.into_bound(py).into_any()));
+            }
+        }
+        Ok(device)
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses what would wait for its own caller.
+    fn check_thread(&self, what: &str) -> PyResult<()> {
+        match self.pool.as_ref().is_some_and(|pool| pool.is_current()) {
+            true => Err(StateError::new_err(format!(
+                "cannot {what} (device {}): the caller is one of its threads, and would wait for itself",
+                self.handle.id()
+            ))),
+            false => Ok(()),
+        }
+    }
+
+    /// The pool's threads go when there are no more requests. How many are stuck.
+    fn end_pool(&self) -> usize {
+        match &self.pool {
+            Some(pool) => {
+                pool.close();
+                pool.wait(PATIENCE)
+            }
+            None => 0,
+        }
+    }
+}
+
+fn seconds(name: &str, value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value)
+        .map_err(|e| PyValueError::new_err(format!("{name}={value}: {e}")))
+}
+
+#[pymethods]
+impl Device {
+    #[getter]
+    fn id(&self) -> u32 {
+        self.handle.id()
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.handle.path().display().to_string()
+    }
+
+    #[getter]
+    fn features(&self) -> Vec<String> {
+        crate::machine::names(self.handle.features())
+    }
+
+    #[getter]
+    fn data_path(&self) -> String {
+        self.handle.data_path().to_string()
+    }
+
+    #[getter]
+    fn warnings(&self) -> Vec<String> {
+        self.handle.warnings()
+    }
+
+    /// The device as the driver described it, and its present size.
+    fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let info = describe(py, self.handle.info())?;
+        let params = self.handle.params();
+        info.set_item("size", params.capacity())?;
+        info.set_item("block_size", params.logical_block_size())?;
+        Ok(info)
+    }
+
+    /// The driver's word for where the device is in its life.
+    fn state(&self, py: Python<'_>) -> PyResult<String> {
+        py.detach(|| self.handle.state()).map(|s| s.to_string()).or_raise(py)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        stats(py, &self.handle.stats())
+    }
+
+    fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
+        self.check_thread("resize the device")?;
+        py.detach(|| self.handle.resize(size)).or_raise(py)
+    }
+
+    /// Stops and deletes; what could not be cleaned up, in words.
+    fn stop(&self, py: Python<'_>, timeout: f64, force: bool) -> PyResult<Vec<String>> {
+        self.check_thread("stop the device")?;
+        let within = seconds("timeout", timeout)?;
+        let stopped = py.detach(|| {
+            let stopped = match force {
+                true => self.handle.stop_force(within),
+                false => self.handle.stop(within),
+            };
+            stopped.map(|stopped| {
+                // It has nothing left to do.
+                drop(self.running().take());
+                let mut leftovers = stopped.leftovers;
+                match self.end_pool() {
+                    0 => {}
+                    stuck => leftovers.push(format!("{stuck} thread(s) are stuck in the backend")),
+                }
+                leftovers
+            })
+        });
+        stopped.map_err(|error| match error.kind() {
+            ErrorKind::Busy => still_held(py, &error),
+            _ => raise(py, &error),
+        })
+    }
+
+    /// Gives the disk to the next server.
+    fn hand_over(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
+        self.check_thread("hand the device over")?;
+        let within = seconds("timeout", timeout)?;
+        let handed = py.detach(|| {
+            let Some(running) = self.running().take() else {
+                return Err(Error::new(ErrorKind::WrongState, "hand the device over")
+                    .on_device(self.handle.id())
+                    .because("it has been stopped or handed over"));
+            };
+            match running.hand_over(within) {
+                Ok(()) => {
+                    self.end_pool();
+                    Ok(())
+                }
+                Err(failed) => {
+                    *self.running() = Some(failed.device);
+                    Err(failed.error)
+                }
+            }
+        });
+        handed.or_raise(py)
+    }
+
+    /// A descriptor that is readable when the device has ended.
+    fn ended_fd(&self) -> PyResult<i32> {
+        let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reader) = &*ended {
+            return Ok(reader.as_raw_fd());
+        }
+        let (reader, mut writer) = pipe()?;
+        let handle = self.handle.clone();
+        std::thread::Builder::new().name("ublk-py-wait".into()).spawn(move || {
+            // How it ended is asked for by who reads. A byte and not the end of the pipe, which a forked child may
+            // have open, too.
+            let _ = handle.wait();
+            let _ = writer.write_all(b".");
+        })?;
+        let fd = reader.as_raw_fd();
+        *ended = Some(reader);
+        Ok(fd)
+    }
+
+    /// How the device ended, None while it lives; raises what took it down.
+    fn ending(&self, py: Python<'_>) -> PyResult<Option<&'static str>> {
+        let ending = match self.handle.ending() {
+            None => return Ok(None),
+            Some(Ending::Failed) => self.handle.wait().or_raise(py)?,
+            Some(ending) => ending,
+        };
+        Ok(Some(match ending {
+            Ending::Stopped => "stopped",
+            Ending::StoppedByOthers => "stopped-by-others",
+            Ending::HandedOver => "handed-over",
+            Ending::Failed => "failed",
+            _ => "ended",
+        }))
+    }
+
+    /// What a handler raised that ends the device, once.
+    fn take_fatal(&self) -> Option<Py<PyBaseException>> {
+        self.sink.as_ref()?.take_fatal()
+    }
+
+    /// Stops by force, without waiting.
+    fn abandon(&self) {
+        let (running, pool) = (self.running().take(), self.pool.clone());
+        if running.is_none() {
+            return;
+        }
+        let end = move || {
+            drop(running);
+            if let Some(pool) = pool {
+                pool.close();
+            }
+        };
+        // Without a thread for it, here; it takes seconds at the most.
+        let spawned = std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end);
+        if let Err(error) = spawned {
+            crate::log::complaint(format!("no thread to stop a device: {error}"));
+        }
+    }
+}
+
+/// Worker threads that devices share. See `ublk.Workers`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Workers {
+    count: usize,
+    /// For devices that no Python code serves.
+    plain: OnceLock<ublk_core::Workers>,
+    /// For the others: these workers are attached to the interpreter.
+    attached: OnceLock<ublk_core::Workers>,
+}
+
+impl Workers {
+    pub(crate) fn get(&self, py: Python<'_>, python: bool) -> PyResult<ublk_core::Workers> {
+        let cell = if python { &self.attached } else { &self.plain };
+        if let Some(workers) = cell.get() {
+            return Ok(workers.clone());
+        }
+        let made = py.detach(|| match python {
+            true => ublk_core::Workers::with_attendant(self.count, Arc::new(Interpreter)),
+            false => ublk_core::Workers::new(self.count),
+        });
+        let made = made.or_raise(py)?;
+        Ok(cell.get_or_init(|| made).clone())
+    }
+}
+
+#[pymethods]
+impl Workers {
+    #[new]
+    fn new(count: usize) -> PyResult<Self> {
+        if !(1..=1024).contains(&count) {
+            return Err(PyValueError::new_err(format!("count={count}: 1 to 1024 workers")));
+        }
+        Ok(Workers { count, plain: OnceLock::new(), attached: OnceLock::new() })
+    }
+
+    #[getter]
+    fn count(&self) -> usize {
+        self.count
+    }
+}
+
+/// For functions that take an errno from a failed call.
+pub(crate) fn io_error(error: &std::io::Error) -> PyErr {
+    let errno = Errno::from(error).raw();
+    pyo3::exceptions::PyOSError::new_err((errno, error.to_string()))
+}

@@ -1,0 +1,201 @@
+//! The request itself, in the hands of Python code.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::{PyBaseException, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::PyMemoryView;
+use ublk_core::{Errno, Op, Request as Inner};
+
+use crate::buffer::Buffer;
+use crate::calls::{Answer, Sink, close, flag_bits, keep, op_name, place};
+use crate::errors::{GoneError, StateError};
+
+/// One request of a disk's client. See `ublk.Request`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Request {
+    inner: Mutex<Option<Inner>>,
+    buffer: Option<Py<Buffer>>,
+    sink: Arc<Sink>,
+    op: Op,
+    offset: u64,
+    len: u64,
+    flags: u8,
+    zones: u32,
+    device: u32,
+    queue: u16,
+    tag: u16,
+}
+
+impl Request {
+    pub(crate) fn new(py: Python<'_>, mut inner: Inner, sink: Arc<Sink>) -> PyResult<Self> {
+        let op = inner.op();
+        let buffer = match op {
+            Op::Read | Op::Write | Op::ZoneAppend => {
+                let buffer = Py::new(py, Buffer::new())?;
+                buffer.get().open(&mut inner);
+                Some(buffer)
+            }
+            _ => None,
+        };
+        Ok(Request {
+            buffer,
+            sink,
+            op,
+            offset: inner.offset(),
+            len: inner.len(),
+            flags: flag_bits(inner.flags()),
+            zones: inner.zones(),
+            device: inner.device(),
+            queue: inner.queue(),
+            tag: inner.tag(),
+            inner: Mutex::new(Some(inner)),
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Inner>> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self) -> PyResult<Inner> {
+        self.lock().take().ok_or_else(|| {
+            StateError::new_err(format!(
+                "the {} of device {}, queue {}, tag {} was completed before",
+                op_name(self.op),
+                self.device,
+                self.queue,
+                self.tag
+            ))
+        })
+    }
+
+    /// A handler that was given this raised an exception: unless it was completed, it fails.
+    pub(crate) fn handler_raised(&self, py: Python<'_>, error: &PyErr) {
+        let taken = self.lock().take();
+        match taken {
+            Some(inner) => {
+                let answer = self.sink.raised(py, &inner, error);
+                let _ = answer.give(inner, self.buffer.as_ref().map(Py::get));
+            }
+            None => {
+                let what = format!("handle() of /dev/ublkb{}", self.device);
+                let _ = self.sink.errno(py, &what, error);
+            }
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        let taken = self.lock().take();
+        if let Some(mut inner) = taken {
+            // Views may have outlived this object; the answer is that of a dropped request, counted and logged.
+            let buffer = self.buffer.as_ref().map(Py::get);
+            let kept = close(&mut inner, buffer);
+            drop(inner);
+            keep(buffer, kept);
+        }
+    }
+}
+
+#[pymethods]
+impl Request {
+    #[getter]
+    fn op(&self) -> &'static str {
+        op_name(self.op)
+    }
+
+    #[getter]
+    fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    #[getter]
+    fn length(&self) -> u64 {
+        self.len
+    }
+
+    #[getter(_flags)]
+    fn flags(&self) -> u8 {
+        self.flags
+    }
+
+    #[getter]
+    fn zones(&self) -> u32 {
+        self.zones
+    }
+
+    #[getter]
+    fn device(&self) -> u32 {
+        self.device
+    }
+
+    #[getter]
+    fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    #[getter]
+    fn tag(&self) -> u16 {
+        self.tag
+    }
+
+    #[getter]
+    fn buffer<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
+        self.buffer.as_ref().map(|buffer| Buffer::view(buffer.bind(py))).transpose()
+    }
+
+    #[getter]
+    fn completed(&self) -> bool {
+        self.lock().is_none()
+    }
+
+    /// `result`: None or the length for success, a negative errno or an exception for failure; of an append the byte
+    /// where it went, of a report the zones.
+    #[pyo3(signature = (result=None))]
+    fn complete(&self, py: Python<'_>, result: Option<Bound<'_, PyAny>>) -> PyResult<()> {
+        let answer = match &result {
+            Some(value) if value.is_instance_of::<PyBaseException>() => {
+                let error = PyErr::from_value(value.clone());
+                let what = format!("{} of /dev/ublkb{}", op_name(self.op), self.device);
+                Some(Answer::Plain(Err(self.sink.errno(py, &what, &error))))
+            }
+            Some(value) => match value.extract::<i64>() {
+                Ok(number) if number < 0 => {
+                    let errno = number.checked_neg().and_then(|n| i32::try_from(n).ok());
+                    let errno = errno.and_then(Errno::new).ok_or_else(|| {
+                        PyTypeError::new_err(format!("{number} is no negated errno (-1 to -4095)"))
+                    })?;
+                    Some(Answer::Plain(Err(errno)))
+                }
+                _ => None,
+            },
+            None => None,
+        };
+        let inner = self.take()?;
+        let answer = match answer {
+            Some(answer) => answer,
+            None => {
+                let value = result.unwrap_or_else(|| py.None().into_bound(py));
+                self.sink.judge(py, &inner, Ok(value))
+            }
+        };
+        answer
+            .give(inner, self.buffer.as_ref().map(Py::get))
+            .map_err(|gone| GoneError::new_err(gone.to_string()))
+    }
+
+    /// The handler that has this request raised an exception.
+    fn _raised(&self, py: Python<'_>, error: Bound<'_, PyBaseException>) {
+        self.handler_raised(py, &PyErr::from_value(error.into_any()));
+    }
+
+    fn __repr__(&self) -> String {
+        match &*self.lock() {
+            Some(inner) => format!("<ublk.Request: {}>", place(inner)),
+            None => {
+                format!("<ublk.Request: {} of /dev/ublkb{}, completed>", self.op(), self.device)
+            }
+        }
+    }
+}

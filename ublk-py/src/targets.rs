@@ -1,0 +1,333 @@
+//! The ready-made backends: served by Rust alone, and callable from Python backends that wrap them.
+
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use ublk_core::targets as core;
+use ublk_core::{Backend, Builder, RequestFlags};
+
+use crate::device::io_error;
+use crate::errors::OrRaise;
+
+/// A device of a ready-made backend, of its own size unless it has none.
+pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyResult<Builder> {
+    let fits = |own: u64| match size {
+        Some(size) if size != own => {
+            Err(PyValueError::new_err(format!("size={size}: the backend has {own} bytes")))
+        }
+        _ => Ok(()),
+    };
+    if backend.is_instance_of::<Null>() {
+        let size = size.ok_or_else(|| PyValueError::new_err("size is missing"))?;
+        return Ok(core::Null::new().builder(size));
+    }
+    if let Ok(mem) = backend.cast::<Mem>() {
+        fits(mem.get().0.size())?;
+        return Ok(mem.get().0.builder());
+    }
+    if let Ok(file) = backend.cast::<File>() {
+        fits(file.get().inner.size())?;
+        return Ok(file.get().inner.clone().builder());
+    }
+    if let Ok(zoned) = backend.cast::<ZonedMem>() {
+        fits(zoned.get().0.size())?;
+        return Ok(zoned.get().0.builder());
+    }
+    Err(PyTypeError::new_err(format!("{} is no backend", backend.get_type())))
+}
+
+/// Bytes of a size as Python code writes it: an int, or a string like "10GiB".
+fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
+    py.import("ublk._size")?.call_method1("parse_size", (size,))?.extract()
+}
+
+/// The bytes of a buffer, copied: other threads may be writing to it.
+fn bytes(py: Python<'_>, buffer: &PyBuffer<u8>) -> PyResult<Aligned> {
+    let mut memory = Aligned::new(buffer.item_count());
+    buffer.copy_to_slice(py, memory.data())?;
+    Ok(memory)
+}
+
+/// Reads into a vector, and copies that to a buffer.
+fn fill(
+    py: Python<'_>,
+    buffer: &PyBuffer<u8>,
+    read: impl FnOnce(&mut [u8]) -> std::io::Result<()> + Send,
+) -> PyResult<()> {
+    let mut memory = Aligned::new(buffer.item_count());
+    py.detach(|| read(memory.data())).map_err(|e| io_error(&e))?;
+    buffer.copy_from_slice(py, memory.data())
+}
+
+/// Memory that direct I/O takes.
+struct Aligned {
+    memory: Vec<u8>,
+    len: usize,
+}
+
+impl Aligned {
+    const ALIGNMENT: usize = 4096;
+
+    fn new(len: usize) -> Self {
+        Aligned { memory: vec![0; len + Self::ALIGNMENT], len }
+    }
+
+    fn data(&mut self) -> &mut [u8] {
+        let start = self.memory.as_ptr().align_offset(Self::ALIGNMENT);
+        &mut self.memory[start..][..self.len]
+    }
+}
+
+/// Reads zeroes, forgets writes. See `ublk.Null`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Null;
+
+#[pymethods]
+impl Null {
+    #[new]
+    fn new() -> Self {
+        Null
+    }
+
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        let _ = offset;
+        fill(py, &buf, |_| Ok(()))
+    }
+
+    fn pwrite(&self, buf: PyBuffer<u8>, offset: u64) {
+        let _ = (buf, offset);
+    }
+
+    fn flush(&self) {}
+
+    fn trim(&self, count: u64, offset: u64) {
+        let _ = (count, offset);
+    }
+
+    fn zero(&self, count: u64, offset: u64) {
+        let _ = (count, offset);
+    }
+
+    fn __repr__(&self) -> &'static str {
+        "ublk.Null()"
+    }
+}
+
+/// A sparse disk in memory. See `ublk.Mem`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Mem(core::Mem);
+
+#[pymethods]
+impl Mem {
+    #[new]
+    fn new(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Mem(core::Mem::new(parse_size(py, size)?)))
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    #[getter]
+    fn used(&self) -> u64 {
+        self.0.used()
+    }
+
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        fill(py, &buf, |data| self.0.read_at(data, offset))
+    }
+
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        let mut data = bytes(py, &buf)?;
+        py.detach(|| self.0.write_at(data.data(), offset)).map_err(|e| io_error(&e))
+    }
+
+    fn flush(&self) {}
+
+    fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        self.zero(py, count, offset)
+    }
+
+    fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        py.detach(|| self.0.zero(offset, count)).map_err(|e| io_error(&e))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("ublk.Mem({})", self.0.size())
+    }
+}
+
+/// A file or a block device. See `ublk.File`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct File {
+    inner: core::File,
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+#[pymethods]
+impl File {
+    #[new]
+    #[pyo3(signature = (path, *, create=None, direct=false, read_only=false, sync="flush", block_size=None))]
+    fn new(
+        py: Python<'_>,
+        path: PathBuf,
+        create: Option<Bound<'_, PyAny>>,
+        direct: bool,
+        read_only: bool,
+        sync: &str,
+        block_size: Option<u32>,
+    ) -> PyResult<Self> {
+        let mut options = core::File::options().direct(direct).read_only(read_only);
+        if let Some(size) = create {
+            options = options.create(parse_size(py, &size)?);
+        }
+        if let Some(bytes) = block_size {
+            options = options.logical_block_size(bytes);
+        }
+        options = options.sync(match sync {
+            "flush" => core::SyncPolicy::OnFlush,
+            "write" => core::SyncPolicy::EveryWrite,
+            other => {
+                return Err(PyValueError::new_err(format!(
+                    "sync={other:?}: \"flush\" or \"write\""
+                )));
+            }
+        });
+        let inner = py.detach(|| options.open(&path)).or_raise(py)?;
+        let file = std::fs::File::from(inner.as_fd().try_clone_to_owned()?);
+        Ok(File { inner, path, file })
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    #[getter]
+    fn path(&self) -> PathBuf {
+        self.path.clone()
+    }
+
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        fill(py, &buf, |data| self.file.read_exact_at(data, offset))
+    }
+
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        let mut data = bytes(py, &buf)?;
+        py.detach(|| self.file.write_all_at(data.data(), offset)).map_err(|e| io_error(&e))
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.file.sync_data()).map_err(|e| io_error(&e))
+    }
+
+    fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        py.detach(|| punch(&self.file, count, offset)).map_err(|e| io_error(&e))
+    }
+
+    fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        let zeroed = py.detach(|| match punch(&self.file, count, offset) {
+            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                write_zeroes(&self.file, count, offset)
+            }
+            punched => punched,
+        });
+        zeroed.map_err(|e| io_error(&e))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("ublk.File({:?})", self.path.display().to_string())
+    }
+}
+
+/// Gives a range of a file back, which reads as zeroes then.
+fn punch(file: &std::fs::File, count: u64, offset: u64) -> std::io::Result<()> {
+    const MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    let range = (libc::off_t::try_from(offset), libc::off_t::try_from(count));
+    let (Ok(offset), Ok(count)) = range else {
+        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
+    };
+    // SAFETY: the descriptor is open, and there are no pointers.
+    match unsafe { libc::fallocate(file.as_raw_fd(), MODE, offset, count) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn write_zeroes(file: &std::fs::File, mut count: u64, mut offset: u64) -> std::io::Result<()> {
+    let mut zeroes = Aligned::new(64 << 10);
+    while count > 0 {
+        let part = count.min(64 << 10);
+        // At most 64 KiB.
+        file.write_all_at(&zeroes.data()[..part as usize], offset)?;
+        (count, offset) = (count - part, offset + part);
+    }
+    Ok(())
+}
+
+/// A zoned disk in memory. See `ublk.ZonedMem`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct ZonedMem(core::ZonedMem);
+
+#[pymethods]
+impl ZonedMem {
+    #[new]
+    #[pyo3(signature = (size, zone_size, *, conventional=0, zone_capacity=None, max_open=0, max_active=0, max_append=None))]
+    #[allow(clippy::too_many_arguments, reason = "keywords, to Python")]
+    fn new(
+        py: Python<'_>,
+        size: &Bound<'_, PyAny>,
+        zone_size: &Bound<'_, PyAny>,
+        conventional: u32,
+        zone_capacity: Option<u64>,
+        max_open: u32,
+        max_active: u32,
+        max_append: Option<u64>,
+    ) -> PyResult<Self> {
+        let mut options = core::ZonedMem::options()
+            .conventional(conventional)
+            .max_open(max_open)
+            .max_active(max_active);
+        if let Some(bytes) = zone_capacity {
+            options = options.zone_capacity(bytes);
+        }
+        if let Some(bytes) = max_append {
+            options = options.max_append_bytes(bytes);
+        }
+        let (size, zone_size) = (parse_size(py, size)?, parse_size(py, zone_size)?);
+        Ok(ZonedMem(options.create(size, zone_size).or_raise(py)?))
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    #[getter]
+    fn used(&self) -> u64 {
+        self.0.used()
+    }
+
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        fill(py, &buf, |data| {
+            // A backend's read is of the whole buffer or an error.
+            self.0.read(data, offset).map(drop)
+        })
+    }
+
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        let mut data = bytes(py, &buf)?;
+        let written = py.detach(|| self.0.write(data.data(), offset, RequestFlags::default()));
+        written.map(drop).map_err(|e| io_error(&e))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("ublk.ZonedMem({})", self.0.size())
+    }
+}
