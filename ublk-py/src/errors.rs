@@ -109,7 +109,8 @@ fn os_error(
 /// A stop that found the disk in use until its deadline.
 pub(crate) fn still_held(py: Python<'_>, error: &Error) -> PyErr {
     let class = PyTimeoutError::type_object(py);
-    let made = os_error(&class, libc::EBUSY, &text(error), file(error).as_deref());
+    let disk = error.device().map(|id| format!("/dev/ublkb{id}"));
+    let made = os_error(&class, libc::EBUSY, &text(error), disk.as_deref());
     let made = made.unwrap_or_else(|e| e);
     let holders: Vec<_> = error.holders().iter().map(ToString::to_string).collect();
     let _ = made.value(py).setattr("holders", holders);

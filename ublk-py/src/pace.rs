@@ -121,7 +121,7 @@ mod tests {
         for _ in 0..TRUSTED {
             turn(&mut pace, &mut now, &[5, 5]);
         }
-        assert_eq!(turn(&mut pace, &mut now, &[5; 6]), []);
+        assert!(turn(&mut pace, &mut now, &[5; 6]).is_empty());
         (pace, now)
     }
 
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(turn(&mut pace, &mut now, &[5, 5, 5]), [0, 1]);
         let (mut pace, mut now) = trusted();
         // Hitches leave that as it is.
-        assert_eq!(turn(&mut pace, &mut now, &[5, 90, 5, 5]), []);
+        assert!(turn(&mut pace, &mut now, &[5, 90, 5, 5]).is_empty());
         // A wait is the end of it, for long.
         turn(&mut pace, &mut now, &[5, 5000, 5]);
         for _ in 0..TRUSTED {
