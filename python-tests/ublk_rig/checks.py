@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import kernels, layout
+from ublk_rig import layout
+from ublk_vm import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable

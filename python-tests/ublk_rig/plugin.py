@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import host, kernels, layout, vm
-from ublk_rig.channel import MachineDied
-from ublk_rig.guest import Guest, Shared
+from ublk_rig import host, layout
 from ublk_rig.pool import Lease, Pool
 from ublk_rig.report import Tally
-from ublk_rig.timescale import Timescale
-from ublk_rig.verdict import Verdict, problems_in
 from ublk_rig.watchdog import bounded
+from ublk_vm import kernels, vm
+from ublk_vm.channel import MachineDied
+from ublk_vm.guest import Guest, Shared
+from ublk_vm.timescale import Timescale
+from ublk_vm.verdict import Verdict, problems_in
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -163,7 +164,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
-    """A machine with a real kernel; see `ublk_rig.guest.Guest`."""
+    """A machine with a real kernel; see `ublk_vm.guest.Guest`."""
     rig, item = request.config.stash[_RIG], request.node
     shape, fresh = shape_of(item)
     if rig.on_host:

@@ -29,7 +29,7 @@ class Channel:
         self._ids = itertools.count(1)
         self._ready: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._closed = False
-        self._reader = threading.Thread(target=self._read, daemon=True, name="ublk-rig channel")
+        self._reader = threading.Thread(target=self._read, daemon=True, name="ublk-vm channel")
         self._reader.start()
 
     def _read(self) -> None:
