@@ -83,7 +83,12 @@ class VirtualMachine:
         shared.mkdir(parents=True, exist_ok=True)
         with (self._dir / "qemu.log").open("w") as log:
             self._qemu = subprocess.Popen(
-                self._command(kernel, shared), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                self._command(kernel, shared),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C at the terminal is for whoever runs the tests, who ends this machine in good order.
+                start_new_session=True,
             )
         atexit.register(self.kill)
         try:
