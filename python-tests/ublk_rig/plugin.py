@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import host, layout
+from ublk_rig import host, layout, wheel
 from ublk_rig.pool import Lease, Pool
 from ublk_rig.report import Tally
 from ublk_rig.watchdog import bounded
@@ -101,10 +101,20 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(e)) from e
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """Say where kernel tests will run."""
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say where kernel tests will run, and whether the package that they will find is the tree's."""
     rig = config.stash[_RIG]
-    return f"ublk rig: {'this host' if rig.on_host else 'QEMU'}, kernels {', '.join(rig.labels)}"
+    said = [f"ublk rig: {'this host' if rig.on_host else 'QEMU'}, kernels {', '.join(rig.labels)}"]
+    return [*said, f"WARNING: {reason}"] if (reason := wheel.stale()) else said
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """The wheel that `.venv` holds, for tests of the Python package; one that is not the tree's proves nothing."""
+    try:
+        return wheel.current()
+    except wheel.CannotBuild as e:
+        pytest.fail(str(e), pytrace=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -69,12 +69,17 @@ def stale() -> str:
     return ""
 
 
-def maturin(*arguments: str | Path, env: dict[str, str] | None = None) -> None:
+def build_environment() -> dict[str, str]:
+    """What cargo is to know, whoever calls it."""
+    return {"CARGO_BUILD_JOBS": "2", **os.environ, "CARGO_TARGET_DIR": str(target_dir())}
+
+
+def maturin(*arguments: str | Path, cwd: Path = SOURCE) -> None:
     """Run maturin on the package; what it prints is shown only if it fails."""
     done = subprocess.run(
         [VENV / "bin/maturin", *arguments],
-        cwd=SOURCE,
-        env={"CARGO_BUILD_JOBS": "2", **os.environ, "CARGO_TARGET_DIR": str(target_dir()), **(env or {})},
+        cwd=cwd,
+        env=build_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

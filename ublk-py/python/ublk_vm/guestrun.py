@@ -26,6 +26,8 @@ Message = dict[str, Any]
 # What a pytest that was interrupted gets for its fixtures' teardown; what one that is over gets for its exit.
 TEARDOWN_SECS = 30.0
 EXIT_SECS = 10.0
+# What starting Python and collecting the tests may take, in native seconds, unless a test may take longer.
+START_SECS = 120.0
 # What a test that took its process down is shown to have written, in bytes.
 LAST_WORDS = 8192
 # Belongs to the host's session, or is the guest's own.
@@ -97,10 +99,10 @@ class GuestRun:
 
     def messages(self) -> Iterator[Message]:
         """What the worker says, `{text}` being what tests write past pytest; GuestLost if it does not end well."""
-        rest, said, ended = b"", b"", False
+        rest, said, testing, ended = b"", b"", False, False
         while True:
             try:
-                answer = self._exchange.poll(EXIT_SECS if ended else self._patience())
+                answer = self._exchange.poll(EXIT_SECS if ended else self._patience(testing=testing))
             except MachineDied as e:
                 if ended:
                     return
@@ -108,7 +110,8 @@ class GuestRun:
             if answer is None:
                 if ended:
                     return  # its threads or children hold it; they end with the machine
-                raise GuestLost(f"no result for {self._quiet:.0f} s; the test was aborted", self._stacks())
+                limit = self._patience(testing=testing)
+                raise GuestLost(f"no result for {limit:.0f} s", self._stacks())
             if "err" in answer:
                 text = decode(answer["err"])
                 said = (said + text)[-LAST_WORDS:]
@@ -117,15 +120,18 @@ class GuestRun:
             for line in whole:
                 message = json.loads(line)
                 ended = ended or "end" in message
-                said = b"" if "started" in message else said
+                if "started" in message:
+                    said, testing = b"", True
                 yield message
             if "rc" in answer:
                 if not ended:
                     raise GuestLost(_how(answer["rc"]), said.decode(errors="replace"))
                 return
 
-    def _patience(self) -> float:
-        return self._quiet if self._quiet is not None else 365 * 86400.0
+    def _patience(self, *, testing: bool) -> float:
+        if self._quiet is None:
+            return 365 * 86400.0
+        return self._quiet if testing else max(self._quiet, self.machine.scale.seconds(START_SECS))
 
     def _stacks(self) -> str:
         """Where the tests are, by Python (faulthandler answers SIGABRT) and by the kernel."""
