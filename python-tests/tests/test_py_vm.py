@@ -159,7 +159,7 @@ def test_deselected():
 def test_every_way_to_fail_is_reported_and_spares_the_others(user: User, series: list[str]) -> None:
     (user.where / "test_all.py").write_text(FAILING)
     code, out = user.run(
-        *(f"--ublk-vm={series[-1]}", "--ublk-vm-timeout=3", "--junitxml=junit.xml", "-rA", "--durations=2"),
+        *(f"--ublk-vm={series[-1]}", "--ublk-vm-timeout=2", "--junitxml=junit.xml", "-rA", "--durations=2"),
         *("-k", "not deselected", "--ublk-vm-artifacts=kept"),
     )
     assert code == pytest.ExitCode.TESTS_FAILED, out

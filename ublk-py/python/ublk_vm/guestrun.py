@@ -15,6 +15,7 @@ from ublk_vm import vm
 from ublk_vm.channel import Exchange, MachineDied, decode, encode
 from ublk_vm.guest import CommandTimeout, Guest, Shared
 from ublk_vm.plugin import ARTIFACTS_VARIABLE, KERNEL_VARIABLE
+from ublk_vm.verdict import SETTLE_SECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +132,10 @@ class GuestRun:
     def _patience(self, *, testing: bool) -> float:
         if self._quiet is None:
             return 365 * 86400.0
-        return self._quiet if testing else max(self._quiet, self.machine.scale.seconds(START_SECS))
+        if testing:
+            # After the last test the worker itself may wait for a device to go.
+            return self._quiet + self.machine.scale.seconds(SETTLE_SECS)
+        return max(self._quiet, self.machine.scale.seconds(START_SECS))
 
     def _stacks(self) -> str:
         """Where the tests are, by Python (faulthandler answers SIGABRT) and by the kernel."""
