@@ -26,12 +26,12 @@ PYTEST := $(VENV_PYTHON) -m pytest -c python-tests/pyproject.toml --rootdir pyth
 help: ## List what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 
-setup: ## Install what is missing (Debian packages, .venv) and say what
+setup: ## Install what is missing (Debian packages, .venv with our package) and say what
 	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 or newer in PATH" >&2; exit 1; }
 	@PYTHONPATH=python-tests "$(PYTHON)" -m ublk_rig.provision
 
-build: ## Build everything, optimised
-	cargo build --release --workspace
+build: setup ## Build everything, optimised; the Python package ends in .venv
+	cargo build --release --workspace --exclude ublk-py
 
 demo: setup ## Bring up a disk, put a filesystem on it, restart it, verify
 	@$(VENV_PYTHON) -m ublk_rig.demo
@@ -59,7 +59,7 @@ bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk
 	@$(VENV_PYTHON) -m ublk_rig.bench
 
 kernels: setup ## Fetch the newest kernels to test on
-	@$(VENV_PYTHON) -m ublk_rig.kernels fetch
+	@$(VENV_PYTHON) -m ublk_vm.kernels fetch
 
 clean: ## Remove what was built; the cache of kernels stays
 	cargo clean

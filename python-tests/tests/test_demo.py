@@ -9,7 +9,7 @@ import pytest
 from ublk_rig import bench, demo, served
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 WORK = "ls -d /tmp/ublk-demo.* /tmp/ublk-lies 2>/dev/null"
 

@@ -10,7 +10,7 @@ import pytest
 from ublk_rig import testdisk
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 
 # blk_errors[] of block/blk-core.c: what the block layer carries to an O_DIRECT client as it is.

@@ -12,7 +12,7 @@ from ublk_rig import testdisk
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 # mkfs.xfs wants 300 MiB; the disks are sparse.
 SIZE = 320 << 20

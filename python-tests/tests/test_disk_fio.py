@@ -10,8 +10,8 @@ from ublk_rig import testdisk
 from ublk_rig.pairwise import everything, pairwise
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
     from ublk_rig.pairwise import Row
+    from ublk_vm.guest import Guest
 
 OPTIONS: dict[str, list[Any]] = {
     "service": [

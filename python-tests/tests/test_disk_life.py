@@ -10,7 +10,7 @@ from ublk_rig import testdisk
 from ublk_rig.load import eventually, load, requests_done
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 
 def settled(disks: testdisk.Disks) -> dict[str, Any]:

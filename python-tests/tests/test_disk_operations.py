@@ -9,7 +9,7 @@ import pytest
 from ublk_rig import testdisk
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ from ublk_rig import layout, served, support, testdisk
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 EXAMPLES = layout.TREE / "ublk-core/examples"
 DISK_BYTES = 64 << 20

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ublk_rig import layout
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 PROJECT = layout.PACKAGE.parent
 

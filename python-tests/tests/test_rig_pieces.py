@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import accel, initramfs, kernels, layout, manifest
-from ublk_rig.moduledeps import insmod_order
 from ublk_rig.provision import too_old, wanted_packages
-from ublk_rig.timescale import EMULATION, Timescale
-from ublk_rig.verdict import problems_in
+from ublk_vm import accel, initramfs, kernels, manifest
+from ublk_vm.layout import cache_dir
+from ublk_vm.moduledeps import insmod_order
+from ublk_vm.timescale import EMULATION, Timescale
+from ublk_vm.verdict import problems_in
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,13 +93,13 @@ def test_an_own_kernel_is_labelled_by_its_modules(tmp_path: Path) -> None:
 def test_the_cache_serves_when_debian_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     release = "7.3.4+deb13-amd64"
-    target = layout.cache_dir() / "kernels" / release
+    target = cache_dir() / "kernels" / release
     for name in ("vmlinuz", f"lib/modules/{release}/modules.dep", f"lib/modules/{release}/modules.dep.bin"):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (target / name).write_text(name)
     manifest.write(target, {"release": release})
-    (layout.cache_dir() / "chosen.json").write_text(f'{{"7.3": "{release}"}}')
-    monkeypatch.setattr("ublk_rig.apt.mirrors", list)
+    (cache_dir() / "chosen.json").write_text(f'{{"7.3": "{release}"}}')
+    monkeypatch.setattr("ublk_vm.apt.mirrors", list)
     kernels.ensure.cache_clear()
     assert kernels.ensure("7.3").release == release
     kernels.ensure.cache_clear()
@@ -117,10 +118,10 @@ def test_kvm_is_asked_once_per_boot_and_kernel(tmp_path: Path, monkeypatch: pyte
         asked.append(how)
         return len(asked) > 1
 
-    monkeypatch.setattr("ublk_rig.accel._may_open_kvm", lambda: True)
+    monkeypatch.setattr("ublk_vm.accel._may_open_kvm", lambda: True)
     assert [accel.choose(r, boots).name for r in ("1.0", "1.0", "2.0", "2.0")] == ["tcg", "tcg", "kvm", "kvm"]
     assert asked == [accel.KVM, accel.KVM]
-    monkeypatch.setattr("ublk_rig.accel._may_open_kvm", lambda: False)
+    monkeypatch.setattr("ublk_vm.accel._may_open_kvm", lambda: False)
     assert accel.choose("2.0", boots) is accel.TCG
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import layout
+from ublk_vm.layout import cache_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 pytest_plugins = ["pytester"]
 
 # pytester has a home of its own; the kernels stay where they are.
-CACHE = layout.cache_dir().parent
+CACHE = cache_dir().parent
 
 
 @pytest.fixture

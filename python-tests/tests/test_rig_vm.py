@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig.guest import CommandFailed, CommandTimeout
-from ublk_rig.process import NothingInTime, ProcessEnded
+from ublk_vm.guest import CommandFailed, CommandTimeout
+from ublk_vm.process import NothingInTime, ProcessEnded
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 
 def test_the_kernel_is_the_one_asked_for_and_has_ublk(guest: Guest) -> None:

@@ -9,7 +9,7 @@ import pytest
 from ublk_rig import layout, rusttests
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 BODY_SECS = 240
 NOT_RUN = "not run: "

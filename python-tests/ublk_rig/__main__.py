@@ -6,10 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from ublk_rig import kernels, layout, vm
-from ublk_rig.channel import MachineDied
-from ublk_rig.guest import CommandTimeout, Guest, Shared
-from ublk_rig.verdict import problems_in
+from ublk_rig import layout
+from ublk_vm import kernels, vm
+from ublk_vm.channel import MachineDied
+from ublk_vm.guest import CommandTimeout, Guest, Shared
+from ublk_vm.verdict import problems_in
 
 
 def main(argv: list[str]) -> int:

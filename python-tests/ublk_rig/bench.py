@@ -14,11 +14,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from ublk_rig import kernels, layout, served, session
-from ublk_rig.channel import MachineDied
-from ublk_rig.guest import CommandFailed, CommandTimeout, Guest
-from ublk_rig.process import NothingInTime, ProcessEnded
-from ublk_rig.vm import Shape
+from ublk_rig import layout, served, session
+from ublk_vm import kernels
+from ublk_vm.channel import MachineDied
+from ublk_vm.guest import CommandFailed, CommandTimeout, Guest
+from ublk_vm.process import NothingInTime, ProcessEnded
+from ublk_vm.vm import Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

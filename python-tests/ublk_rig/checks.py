@@ -14,13 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import kernels, layout
+from ublk_rig import layout
+from ublk_vm import kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 PROJECT = layout.PACKAGE.parent
 TOOLS = Path(sys.executable).parent
+# All of our Python, as seen from PROJECT.
+PYTHON = (".", "../ublk-py/python")
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ def lint() -> list[Check]:
             absent=_needs("no clippy", "cargo", "clippy", "--version"),
         ),
         Check("cargo doc", ["cargo", "doc", "--quiet", "--workspace", "--no-deps"], {"RUSTDOCFLAGS": "-D warnings"}),
-        Check("ruff check", _python("ruff", "check", "."), cwd=PROJECT),
-        Check("ruff format", _python("ruff", "format", "--check", "."), cwd=PROJECT),
+        Check("ruff check", _python("ruff", "check", *PYTHON), cwd=PROJECT),
+        Check("ruff format", _python("ruff", "format", "--check", *PYTHON), cwd=PROJECT),
         Check("mypy", _python("mypy"), cwd=PROJECT),
+        # The stub against the module as it was built; for a stale one it would prove nothing.
+        Check("the package is current", _python("python", "-m", "ublk_rig.wheel")),
+        Check("stubtest", _python("python", "-P", "-m", "mypy.stubtest", "ublk._native")),
     ]
 
 

@@ -11,9 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ublk_rig import kernels, layout
-from ublk_rig.channel import Channel
-from ublk_rig.timescale import Timescale
+from ublk_vm import kernels
+from ublk_vm.channel import Channel
+from ublk_vm.layout import PACKAGE
+from ublk_vm.timescale import Timescale
 
 CONTROL = Path("/dev/ublk-control")
 
@@ -34,7 +35,7 @@ class HostMachine:
                     Path(sys.executable).resolve(),
                     "-I",
                     "-S",
-                    layout.PACKAGE / "agent.py",
+                    PACKAGE / "agent.py",
                     str(theirs.fileno()),
                 ],
                 pass_fds=[theirs.fileno()],

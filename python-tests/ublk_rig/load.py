@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ublk_rig.guest import Guest
-    from ublk_rig.process import Process
+    from ublk_vm.guest import Guest
+    from ublk_vm.process import Process
 
 
 def eventually(guest: Guest, true: Callable[[], bool], secs: float = 20) -> None:

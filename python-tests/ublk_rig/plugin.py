@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import host, kernels, layout, vm
-from ublk_rig.channel import MachineDied
-from ublk_rig.guest import Guest, Shared
+from ublk_rig import host, layout, wheel
 from ublk_rig.pool import Lease, Pool
 from ublk_rig.report import Tally
-from ublk_rig.timescale import Timescale
-from ublk_rig.verdict import Verdict, problems_in
 from ublk_rig.watchdog import bounded
+from ublk_vm import kernels, vm
+from ublk_vm.channel import MachineDied
+from ublk_vm.guest import Guest, Shared
+from ublk_vm.timescale import Timescale
+from ublk_vm.verdict import Verdict, problems_in
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -100,10 +101,20 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(e)) from e
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """Say where kernel tests will run."""
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say where kernel tests will run, and whether the package that they will find is the tree's."""
     rig = config.stash[_RIG]
-    return f"ublk rig: {'this host' if rig.on_host else 'QEMU'}, kernels {', '.join(rig.labels)}"
+    said = [f"ublk rig: {'this host' if rig.on_host else 'QEMU'}, kernels {', '.join(rig.labels)}"]
+    return [*said, f"WARNING: {reason}"] if (reason := wheel.stale()) else said
+
+
+@pytest.fixture(scope="session")
+def package() -> Path:
+    """The wheel that `.venv` holds, for tests of the Python package; one that is not the tree's proves nothing."""
+    try:
+        return wheel.current()
+    except wheel.CannotBuild as e:
+        pytest.fail(str(e), pytrace=False)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -163,7 +174,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def guest(request: pytest.FixtureRequest) -> Iterator[Guest]:
-    """A machine with a real kernel; see `ublk_rig.guest.Guest`."""
+    """A machine with a real kernel; see `ublk_vm.guest.Guest`."""
     rig, item = request.config.stash[_RIG], request.node
     shape, fresh = shape_of(item)
     if rig.on_host:

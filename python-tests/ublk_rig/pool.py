@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-from ublk_rig import host, kernels, vm
-from ublk_rig.verdict import Inspector
+from ublk_rig import host
+from ublk_vm import kernels, vm
+from ublk_vm.verdict import Inspector
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ublk_rig.vm import Shape
+    from ublk_vm.vm import Shape
 
 AnyMachine = vm.VirtualMachine | host.HostMachine
 

@@ -1,4 +1,4 @@
-"""Brings a Debian machine to where everything else can run: packages, and a virtual environment.
+"""Brings a Debian machine to where everything else can run: packages, a virtual environment, our own package in it.
 
 It runs before anything is installed, with the standard library alone; it says what it installs, and when nothing
 is missing it is done in a moment.
@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ublk_rig import layout
+from ublk_rig import layout, wheel
 
 PROJECT = layout.PACKAGE.parent
-VENV = layout.TREE / ".venv"
+VENV = wheel.VENV
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 
 
@@ -127,7 +127,8 @@ def main() -> int:
         rust()
         install(wanted_packages())
         environment()
-    except (CannotProvision, subprocess.CalledProcessError, OSError) as e:
+        wheel.ensure()
+    except (CannotProvision, wheel.CannotBuild, subprocess.CalledProcessError, OSError) as e:
         print(f"setup: {e}", file=sys.stderr)
         return 1
     return 0

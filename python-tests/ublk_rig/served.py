@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ublk_rig import layout
-from ublk_rig.channel import MachineDied
-from ublk_rig.process import NothingInTime
+from ublk_vm.channel import MachineDied
+from ublk_vm.process import NothingInTime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ublk_rig.guest import Guest
-    from ublk_rig.process import Process
+    from ublk_vm.guest import Guest
+    from ublk_vm.process import Process
 
 START_SECS = 30
 STOP_SECS = 30

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import host, kernels, vm
-from ublk_rig.guest import Guest, Shared
+from ublk_rig import host
+from ublk_vm import kernels, vm
+from ublk_vm.guest import Guest, Shared
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ublk_rig.vm import Shape
+    from ublk_vm.vm import Shape
 
 
 @contextmanager

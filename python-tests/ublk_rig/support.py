@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ublk_rig import kernels, layout
+from ublk_rig import layout
+from ublk_vm import kernels
 
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import apt, layout, manifest
+from ublk_vm import apt, layout, manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -154,7 +154,7 @@ def _fetch_kernel(a: apt.Apt, release: str, target: Path) -> None:
 def _depmod() -> str:
     found = shutil.which("depmod", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     if not found:
-        raise KernelError("depmod is missing: run `make setup` (package kmod)")
+        raise KernelError("depmod is missing: apt-get install kmod")
     return found
 
 
@@ -294,7 +294,7 @@ def main(argv: list[str]) -> int:
             case ["headers"]:
                 print(headers())
             case _:
-                print("usage: python -m ublk_rig.kernels fetch|headers", file=sys.stderr)
+                print("usage: python -m ublk_vm.kernels fetch|headers", file=sys.stderr)
                 return 2
     except KernelError as e:
         print(f"kernels: {e}", file=sys.stderr)

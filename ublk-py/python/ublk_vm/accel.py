@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import layout
+from ublk_vm import layout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,10 +13,10 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import layout, moduledeps
+from ublk_vm import layout, moduledeps
 
 if TYPE_CHECKING:
-    from ublk_rig.kernels import Kernel
+    from ublk_vm.kernels import Kernel
 
 NEEDED = ("virtio_pci", "virtio_console", "overlay", "9p", "9pnet_virtio")
 _DIRECTORY, _FILE, _NODE = 0o040755, 0o100755, 0o020600
@@ -26,7 +26,7 @@ def busybox() -> Path:
     """The host's static busybox; it serves in the initramfs and, through 9p, as the guest's first shell."""
     found = shutil.which("busybox")
     if not found:
-        raise FileNotFoundError("busybox is missing: run `make setup` (package busybox-static)")
+        raise FileNotFoundError("busybox is missing: apt-get install busybox-static")
     return Path(found).resolve()
 
 

@@ -8,12 +8,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from ublk_rig.channel import Exchange, MachineDied, decode, encode
+from ublk_vm.channel import Exchange, MachineDied, decode, encode
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ublk_rig.timescale import Timescale
+    from ublk_vm.timescale import Timescale
 
 T = TypeVar("T")
 

@@ -2,7 +2,7 @@
 # The guest's first process, in the initramfs: load what it takes to see the host's root, put a throw-away
 # overlay over it, and go there.
 B=/bin/busybox
-fail() { echo "ublk-rig: $*" > /dev/console; $B poweroff -f; }
+fail() { echo "ublk-vm: $*" > /dev/console; $B poweroff -f; }
 $B mkdir -p /proc /sys /dev /lower /upper /root
 $B mount -t devtmpfs dev /dev
 $B mount -t proc proc /proc

@@ -6,14 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ublk_rig.channel import Channel, Exchange, MachineDied, decode, encode
-from ublk_rig.process import Process
+from ublk_vm.channel import Channel, Exchange, MachineDied, decode, encode
+from ublk_vm.process import Process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from ublk_rig.timescale import Timescale
+    from ublk_vm.timescale import Timescale
 
 ANSWER_SLACK = 20.0
 TRANSCRIPT_LIMIT = 4 << 20

@@ -234,15 +234,23 @@ class Agent:
         return left
 
     def _inspect(self) -> Message:
-        nodes = [n for d in ("/dev", "/sys/class/ublk-char", "/sys/block") for n in _ublk_in(d)]
-        mounts = [m for m in Path("/proc/self/mounts").read_text().splitlines() if m.startswith("/dev/ublkb")]
         processes = [f"{pid} {what}" for pid, what in self._left_processes().items()]
-        return {"ublk": nodes, "mounts": mounts, "processes": processes, "log": self._log.new()}
+        return {"ublk": ublk_nodes(), "mounts": ublk_mounts(), "processes": processes, "log": self._log.new()}
 
     def _reap(self) -> None:
         for pid in self._left_processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def ublk_nodes() -> list[str]:
+    """Every trace of a ublk device: its nodes, and what sysfs shows of it."""
+    return [n for d in ("/dev", "/sys/class/ublk-char", "/sys/block") for n in _ublk_in(d)]
+
+
+def ublk_mounts() -> list[str]:
+    """What is mounted from a ublk disk."""
+    return [m for m in Path("/proc/self/mounts").read_text().splitlines() if m.startswith("/dev/ublkb")]
 
 
 def _ublk_in(directory: str) -> list[str]:

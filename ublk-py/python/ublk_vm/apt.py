@@ -90,7 +90,7 @@ class Apt:
 def opened(suites: Sequence[str]) -> Iterator[Apt]:
     """An apt over the first of the machine's mirrors that carries all `suites`, properly signed."""
     if not KEYRING.exists():
-        raise AptError(f"{KEYRING} is missing: run `make setup` (package debian-archive-keyring)")
+        raise AptError(f"{KEYRING} is missing: apt-get install debian-archive-keyring")
     failures = []
     for mirror in mirrors():
         with tempfile.TemporaryDirectory(prefix="ublk-apt.") as d:

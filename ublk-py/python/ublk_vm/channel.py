@@ -29,7 +29,7 @@ class Channel:
         self._ids = itertools.count(1)
         self._ready: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._closed = False
-        self._reader = threading.Thread(target=self._read, daemon=True, name="ublk-rig channel")
+        self._reader = threading.Thread(target=self._read, daemon=True, name="ublk-vm channel")
         self._reader.start()
 
     def _read(self) -> None:
@@ -120,15 +120,22 @@ class Exchange:
         self.number = number
         self._answers = answers
 
-    def next(self, timeout: float) -> Message:
-        """The next answer; MachineDied if there is none in time, for an agent answers whatever its commands do."""
+    def poll(self, timeout: float) -> Message | None:
+        """The next answer, or None if there is none in time; MachineDied once there will be none."""
         try:
             message = self._answers.get(timeout=max(0.0, timeout))
         except queue.Empty:
-            raise MachineDied(f"did not answer for {timeout:.0f} s") from None
+            return None
         if message is None:
             self._answers.put(None)
             raise MachineDied("died")
+        return message
+
+    def next(self, timeout: float) -> Message:
+        """The next answer; MachineDied if there is none in time, for an agent answers whatever its commands do."""
+        message = self.poll(timeout)
+        if message is None:
+            raise MachineDied(f"did not answer for {timeout:.0f} s")
         return message
 
     def send(self, op: str, **more: object) -> None:

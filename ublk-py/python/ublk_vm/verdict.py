@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from ublk_rig.guest import Machine
+    from ublk_vm.guest import Machine
 
 # I/O errors are not here: tests inject them.
 _PROBLEM = re.compile(

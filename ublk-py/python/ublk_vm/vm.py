@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ublk_rig import accel, initramfs, layout
-from ublk_rig.channel import Channel, MachineDied
-from ublk_rig.timescale import Timescale
-from ublk_rig.verdict import problems_in
+from ublk_vm import accel, initramfs, layout
+from ublk_vm.channel import Channel, MachineDied
+from ublk_vm.timescale import Timescale
+from ublk_vm.verdict import problems_in
 
 if TYPE_CHECKING:
-    from ublk_rig.accel import Accel
-    from ublk_rig.kernels import Kernel
+    from ublk_vm.accel import Accel
+    from ublk_vm.kernels import Kernel
 
 BOOT_SECS = 40.0
 BOOT_TRIES = 3
@@ -83,7 +83,12 @@ class VirtualMachine:
         shared.mkdir(parents=True, exist_ok=True)
         with (self._dir / "qemu.log").open("w") as log:
             self._qemu = subprocess.Popen(
-                self._command(kernel, shared), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                self._command(kernel, shared),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C at the terminal is for whoever runs the tests, who ends this machine in good order.
+                start_new_session=True,
             )
         atexit.register(self.kill)
         try:
