@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::exceptions::{PyBaseException, PyTypeError};
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyMemoryView;
 use ublk_core::{Errno, Op, Request as Inner};
@@ -115,9 +116,9 @@ impl Request {
         self.len
     }
 
-    #[getter(_flags)]
-    fn flags(&self) -> u8 {
-        self.flags
+    #[getter]
+    fn flags<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        py.import(intern!(py, "ublk._types"))?.getattr(intern!(py, "Flags"))?.call1((self.flags,))
     }
 
     #[getter]

@@ -22,11 +22,10 @@ __all__ = ["Courier"]
 class Courier:
     """Brings requests from the workers to a loop, and runs the backend's methods there."""
 
-    def __init__(self, found: Found, flags: list[Any]) -> None:
+    def __init__(self, found: Found) -> None:
         self.inbox = Inbox()
         self._methods = found.methods
         self._raw = found.raw
-        self._flags = flags
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,13 +94,13 @@ class Courier:
                 with contextlib.suppress(GoneError):
                     request.complete(result)
 
-    def _call(self, request: Request) -> Any:
+    def _call(self, request: Request) -> object:
         if self._raw:
             return self._methods["handle"][0](request)
         op = request.op
         name = _METHOD_OF.get(op, "zone")
         method, takes_flags = self._methods[name]
-        flags = {"flags": self._flags[request._flags]} if takes_flags else {}  # noqa: SLF001
+        flags = {"flags": request.flags} if takes_flags else {}
         # No reference to the buffer stays here: it belongs to the method.
         if op == "flush":
             return method(**flags)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ublk._native import File, Mem, Null, ZonedMem
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from types import ModuleType
 
     from ublk._native import Request
@@ -36,8 +36,8 @@ class Backend(Protocol):
     exception is EIO, and is logged.
 
     One that takes an argument named ``flags`` is given `Flags` by that name. If ``pwrite`` does (and there is a
-    ``flush``), the disk advertises FUA: with ``Flags.FUA`` the data is durable before ``pwrite`` returns. The attribute
-    ``size``, if there is one, is the disk's size unless `Device` is told another.
+    ``flush``), the disk advertises FUA: with ``Flags.FUA`` the data is durable before ``pwrite`` returns. The
+    attribute ``size``, if there is one, is the disk's size unless `Device` is told another.
 
     A zoned disk (``Device(zoned=...)``) also has ``report_zones(offset, count)``, which returns a list of `Zone`,
     ``append(buf, zone)``, which returns the byte of the disk where the data went, and ``zone(action, offset)`` for
@@ -60,8 +60,8 @@ class Backend(Protocol):
 class AsyncBackend(Protocol):
     """A disk whose methods are ``async``: they run on an asyncio loop, many at a time.
 
-    As `Backend` otherwise; methods that are not ``async`` may stand among them, and run on the loop as well. The loop is
-    the caller's in ``async with Device(...)``, otherwise one that the device runs on a thread of its own.
+    As `Backend` otherwise; methods that are not ``async`` may stand among them, and run on the loop as well. The
+    loop is the caller's in ``async with Device(...)``, otherwise one that the device runs on a thread of its own.
 
     >>> class Slow:
     ...     async def pread(self, buf, offset):
@@ -143,5 +143,6 @@ def inspect_backend(backend: object) -> Found:
     if not raw and "pread" not in methods:
         raise TypeError(f"{backend!r} is no backend: it has neither pread(buf, offset) nor handle(request)")
     if raw and len(methods) > 1:
-        raise TypeError(f"{backend!r} has handle(request) and {', '.join(sorted(methods.keys() - {'handle'}))}: one or the other")
+        others = ", ".join(sorted(methods.keys() - {"handle"}))
+        raise TypeError(f"{backend!r} has handle(request) and {others}: one or the other")
     return Found(methods, any(_is_async(method) for method, _ in methods.values()), raw)

@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex, TypeVar
 
 from ublk import _log, _native
 from ublk._aio import Courier
@@ -22,7 +22,7 @@ from ublk._size import parse_size
 from ublk._types import DataPath, DeviceInfo, Flags, Recovery, Stats, Zoned, info_of, stats_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from ublk._native import Workers
@@ -37,6 +37,7 @@ _RECOVERY = {
     "fail": ("USER_RECOVERY", "USER_RECOVERY_FAIL_IO"),
 }
 _FORCE_WITHIN = 5.0
+_T = TypeVar("_T")
 
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
 
@@ -44,8 +45,8 @@ _live: weakref.WeakSet[Device] = weakref.WeakSet()
 class Device:
     """A disk, ``/dev/ublkbN``, that this process serves.
 
-    Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and deletes**
-    it at the end:
+    Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and
+    deletes** it at the end:
 
     >>> import ublk
     >>> with ublk.Device(ublk.Mem("64MiB")) as dev:
@@ -55,22 +56,22 @@ class Device:
 
     Args:
         backend: Who answers the requests: any object with ``pread``, ``pwrite``, … (`Backend`), with ``async`` ones
-            (`AsyncBackend`), with ``handle`` (`RawBackend`), a module with such functions, or a ready-made one (`Null`,
-            `Mem`, `File`, `ZonedMem`).
+            (`AsyncBackend`), with ``handle`` (`RawBackend`), a module with such functions, or a ready-made one
+            (`Null`, `Mem`, `File`, `ZonedMem`).
         size: Bytes of the disk, a multiple of the logical block size: an int, or a string like ``"10GiB"`` (see
             `parse_size`). May be left out if the backend has a ``size``.
         block_size: Bytes of a logical block: a power of two, 512 to 4096. Default 512, or what the backend needs.
         physical_block_size: Bytes of a physical block: a power of two from the logical one on. Default 4096.
         io_min: Bytes of the smallest I/O that is not slow: a power of two. Default the physical block size.
         io_opt: Bytes of the best I/O: a power of two. Default the physical block size.
-        queues: Hardware queues, 1 to 4096; the driver clamps them to the number of CPUs. A synchronous backend is entered
-            once per queue at a time, so concurrently if there are more than one.
+        queues: Hardware queues, 1 to 4096; the driver clamps them to the number of CPUs. A synchronous backend is
+            entered once per queue at a time, so concurrently if there are more than one.
         depth: Requests of each queue that can be in progress, 1 to 4096.
         max_io_size: Bytes of the largest request: a multiple of 4096, at most 32 MiB. Default 512 KiB.
         read_only: A read-only disk, also if the backend has ``pwrite``.
         rotational: Whether the disk claims to seek.
-        cache: False: no volatile cache is advertised, and ``flush`` is not called. Default: one if there is a ``flush``. For
-            `RawBackend`: whether it has one.
+        cache: False: no volatile cache is advertised, and ``flush`` is not called. Default: one if there is a
+            ``flush``. For `RawBackend`: whether it has one.
         fua: False: no FUA is advertised. Default: if ``pwrite`` takes ``flags`` and there is a ``flush``. For
             `RawBackend`: whether it does.
         trim: For `RawBackend`: whether it takes discards. Otherwise it has a ``trim`` or not.
@@ -83,8 +84,8 @@ class Device:
         recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
         fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares.
         id: The device's number, below 2**20. Default the lowest that is free.
-        threads: Threads that call the methods of a synchronous backend, so that a slow call does not stall its queue: up
-            to 1024. Default 0: each queue's worker calls them itself, one at a time.
+        threads: Threads that call the methods of a synchronous backend, so that a slow call does not stall its
+            queue: up to 1024. Default 0: each queue's worker calls them itself, one at a time.
         workers: A pool that devices share, in place of a worker for each queue.
         workers_per_queue: Workers that share each queue (Linux 6.16).
         affinity: Whether each queue's worker runs only on the CPUs whose I/O comes by that queue.
@@ -93,8 +94,8 @@ class Device:
         dma_alignment: Bytes that the memory of direct I/O is aligned to: a power of two, 2 to 4096 (Linux 6.15).
         segments: Limits of memory segments: ``(boundary_mask, max_size, max_count)`` (Linux 6.15).
         descriptor_size: Bytes of a request's descriptor, 24 to 256 (Linux 7.3).
-        batch: Whether requests and results travel in batches (Linux 7.0): True asks for it, False forbids it. Default: no.
-        partition_scan: False: the kernel does not look for partitions (Linux 7.0).
+        batch: Whether requests and results travel in batches (Linux 7.0): True asks for it, False forbids it.
+        Default: no. partition_scan: False: the kernel does not look for partitions (Linux 7.0).
         unprivileged: A device of an ordinary user: see ``docs/unprivileged.md``.
         allow_many_unprivileged: Whether this process may serve more than one of those.
         require: Names of features without which there is to be no device: see `features`.
@@ -210,7 +211,8 @@ class Device:
             options["trim"] = (trim_granularity or block_size or 512, 0, max_trim_size)
         if zoned is not None:
             options["zoned"] = (zoned.zone_size, zoned.max_open, zoned.max_active, zoned.max_append)
-        self._describe(backend, size, block_size, options, {"write": not read_only, "flush": cache, "fua": fua, "trim": trim, "zero": zero})
+        said = {"write": not read_only, "flush": cache, "fua": fua, "trim": trim, "zero": zero}
+        self._describe(backend, size, block_size, options, said)
 
     def _describe(
         self,
@@ -248,7 +250,7 @@ class Device:
                 raise ValueError("fua=True: it takes a flush(), and a pwrite() with an argument named flags")
         calls = _native.Calls(found.methods, _FLAGS)
         if found.is_async:
-            self._courier = Courier(found, _FLAGS)
+            self._courier = Courier(found)
         inbox = self._courier.inbox if self._courier else None
         self._spec = _native.Spec(calls, self._size, options, inbox, raw=found.raw and not found.is_async)
 
@@ -317,8 +319,8 @@ class Device:
     def stop(self, timeout: float = 30.0) -> None:
         """Stops the disk when nobody uses it, and deletes the device: when this returns, its nodes are gone.
 
-        Opens that are short, like udev's, are waited for. Requests that the backend does not answer within ``timeout``
-        seconds fail with EIO. Calling it again does nothing.
+        Opens that are short, like udev's, are waited for. Requests that the backend does not answer within
+        ``timeout`` seconds fail with EIO. Calling it again does nothing.
 
         Raises:
             TimeoutError: The disk is in use; the message and the attribute ``holders`` say by whom. It goes on.
@@ -345,7 +347,7 @@ class Device:
         self._check_loop("stop_force")
         self._stop(timeout, force=True)
 
-    async def stop_async(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109
+    async def stop_async(self, timeout: float = 30.0) -> None:
         """As `stop`, without blocking the running loop.
 
         >>> import asyncio, ublk
@@ -356,7 +358,7 @@ class Device:
         """
         await _in_thread(lambda: self._stop(timeout, force=False))
 
-    async def stop_force_async(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109
+    async def stop_force_async(self, timeout: float = 30.0) -> None:
         """As `stop_force`, without blocking the running loop.
 
         >>> import asyncio, ublk
@@ -445,7 +447,7 @@ class Device:
         # Another descriptor of it: two waits of one loop must not take each other's.
         fd = os.dup(native.ended_fd())
         try:
-            loop.add_reader(fd, lambda: ended.done() or ended.set_result(None))
+            loop.add_reader(fd, _set, ended)
             await ended
         finally:
             loop.remove_reader(fd)
@@ -493,8 +495,8 @@ class Device:
         self.hand_over(timeout)
 
     def resize(self, size: SupportsIndex | str) -> None:
-        """Gives the disk another size, which its users see at once. A file system has to be told (``resize2fs``). Linux
-        6.16.
+        """Gives the disk another size, which its users see at once. A file system has to be told (``resize2fs``).
+        Linux 6.16.
 
         Raises:
             ValueError: It is no size, or not a multiple of the logical block size.
@@ -559,8 +561,8 @@ class Device:
 
     @property
     def state(self) -> str:
-        """Where it is in its life: ``"new"``, ``"live"``, ``"quiesced"``, ``"fail-io"`` (by the driver's word), ``"dead"`` or
-        ``"stopped"``.
+        """Where it is in its life: ``"new"``, ``"live"``, ``"quiesced"``, ``"fail-io"`` (by the driver's word),
+        ``"dead"`` or ``"stopped"``.
 
         >>> import ublk
         >>> ublk.Device(ublk.Null(), size="1KiB").state
@@ -678,7 +680,7 @@ class Device:
             return "<ublk.Device: not started>"
         return f"<ublk.Device {self._place[1]}: {self._phase}>"
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise TypeError("a Device cannot be pickled: it belongs to the process that serves it")
 
     # Checks.
@@ -701,15 +703,13 @@ class Device:
 
     def _check_loop(self, what: str) -> None:
         if self._courier is not None and self._courier.is_serving_thread():
-            raise StateError(
-                f"{what} would block the event loop that serves the device: use the async form of it"
-            )
+            raise StateError(f"{what} would block the event loop that serves the device: use the async form of it")
 
 
 class _Recovered(Device):
     """A device that another server had before."""
 
-    def __init__(self, backend: AnyBackend, number: int, *, force: bool, **options: Any) -> None:
+    def __init__(self, backend: AnyBackend, number: int, *, force: bool, **options: Any) -> None:  # noqa: ANN401
         self._number = number
         self._force = force
         super().__init__(backend, **options)
@@ -718,7 +718,13 @@ class _Recovered(Device):
         return self._spec.recover(self._number)
 
 
-def recover(id: int, backend: AnyBackend, *, force: bool = False, **options: Any) -> Device:  # noqa: A002
+def recover(
+    id: int,  # noqa: A002  # the field's own name
+    backend: AnyBackend,
+    *,
+    force: bool = False,
+    **options: Any,  # noqa: ANN401  # as of Device
+) -> Device:
     """Takes over device ``id``, whose server is gone: one that was made with ``recovery``.
 
     The disk stays as it is: queues, depth and block sizes are the kernel's. The size, if it is given, and the
@@ -758,33 +764,38 @@ def _size_of(number: int) -> int:
     raise FileNotFoundError(2, f"cannot recover the device (device {number}): it has no disk", f"/dev/ublkb{number}")
 
 
-async def _in_thread(call: Any) -> Any:
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+async def _in_thread(call: Callable[[], _T]) -> _T:
     """Runs a call that blocks on a thread of its own; a cancellation waits for it, as nothing takes it back."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
-    outcome: list[Any] = []
+    returned: list[_T] = []
+    raised: list[BaseException] = []
 
     def run() -> None:
         try:
-            outcome.append((call(), None))
+            returned.append(call())
         except BaseException as error:  # noqa: BLE001  # it is raised where the call was made
-            outcome.append((None, error))
+            raised.append(error)
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(lambda: done.done() or done.set_result(None))
+            loop.call_soon_threadsafe(_set, done)
 
     threading.Thread(target=run, name="ublk-call", daemon=True).start()
     cancelled: asyncio.CancelledError | None = None
-    while not outcome:
+    while not done.done():
         try:
             await asyncio.shield(done)
         except asyncio.CancelledError as error:
             cancelled = error
-    result, error = outcome[0]
-    if error is not None:
-        raise error
+    if raised:
+        raise raised.pop()
     if cancelled is not None:
         raise cancelled
-    return result
+    return returned.pop()
 
 
 def _stop_all() -> None:

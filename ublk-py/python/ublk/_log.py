@@ -39,7 +39,7 @@ def _close() -> None:
 
 
 def _forked() -> None:
-    global _thread, _lock  # noqa: PLW0603
+    global _thread, _lock
     _native.forked()
     if _thread is not None:
         atexit.unregister(_close)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
+from typing import TYPE_CHECKING
 
 from ublk import _native
 from ublk._types import DeviceInfo, info_of
+
+if TYPE_CHECKING:
+    import builtins
 
 __all__ = ["delete", "features", "list"]
 
@@ -26,8 +29,8 @@ def list() -> builtins.list[DeviceInfo]:  # noqa: A001
 
 
 def delete(id: int, timeout: float = 30.0) -> None:  # noqa: A002
-    """Stops a device, whoever made it, and deletes it: also one whose server is gone. Its disk is pulled from under its
-    users.
+    """Stops a device, whoever made it, and deletes it: also one whose server is gone. Its disk is pulled from
+    under its users.
 
     Args:
         id: The device's number.

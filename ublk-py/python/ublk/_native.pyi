@@ -7,6 +7,32 @@ from typing import Any, SupportsIndex, TypeAlias, final
 
 from typing_extensions import Buffer as ReadableBuffer
 
+from ublk._types import Flags
+
+__all__ = [
+    "Buffer",
+    "Calls",
+    "Device",
+    "File",
+    "GoneError",
+    "Inbox",
+    "Mem",
+    "Null",
+    "Request",
+    "Spec",
+    "StateError",
+    "Workers",
+    "ZonedMem",
+    "__version__",
+    "close_log",
+    "delete",
+    "feature_names",
+    "features",
+    "forked",
+    "list_devices",
+    "next_record",
+]
+
 __version__: str
 
 _Methods: TypeAlias = Mapping[str, tuple[Callable[..., Any], bool]]
@@ -19,9 +45,7 @@ class GoneError(StateError):
     """The request was answered by a stop, or its device has ended, before it was completed."""
 
 @final
-class Buffer:
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __release_buffer__(self, view: memoryview, /) -> None: ...
+class Buffer: ...  # of which `memoryview` makes a view
 
 @final
 class Calls:
@@ -43,7 +67,8 @@ class Request:
     @property
     def op(self) -> str:
         """``"read"``, ``"write"``, ``"flush"``, ``"trim"`` or ``"zero"``; of a zoned disk also ``"append"``,
-        ``"report_zones"``, ``"open"``, ``"close"``, ``"finish"``, ``"reset"`` and ``"reset_all"``."""
+        ``"report_zones"``, ``"open"``, ``"close"``, ``"finish"``, ``"reset"`` and ``"reset_all"``.
+        """
     @property
     def offset(self) -> int:
         """Where the range starts; 0 for a flush."""
@@ -51,8 +76,8 @@ class Request:
     def length(self) -> int:
         """Bytes of the range; 0 for a flush and a report of zones."""
     @property
-    def flags(self) -> int:
-        """What it asks for besides: a `Flags`."""
+    def flags(self) -> Flags:
+        """What it asks for besides."""
     @property
     def zones(self) -> int:
         """How many zones are to be reported at most."""
@@ -79,7 +104,7 @@ class Request:
             StateError: It was completed before.
             GoneError: A stop was faster: the client has got EIO.
         """
-    def _raised(self, error: BaseException, /) -> None: ...
+    def _raised(self, error: BaseException) -> None: ...
 
 @final
 class Spec:

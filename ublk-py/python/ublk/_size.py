@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import SupportsIndex, cast
+from typing import SupportsIndex
 
 __all__ = ["parse_size"]
 
 _BINARY = {letter: 1 << 10 * power for power, letter in enumerate("KMGTPE", 1)}
 _FACTORS = (
     {"": 1, "B": 1}
-    | {letter: factor for letter, factor in _BINARY.items()}
+    | _BINARY
     | {f"{letter}iB": factor for letter, factor in _BINARY.items()}
     | {f"{letter}B": 1000**power for power, letter in enumerate(_BINARY, 1)}
 )
@@ -34,6 +34,7 @@ def parse_size(size: SupportsIndex | str, *, block_size: int = 1) -> int:
     ...
     ValueError: size=1000: not a multiple of the logical block size, 512 bytes
     """
+    number: int
     if isinstance(size, str):
         match = _SIZE.fullmatch(size)
         factor = _FACTORS.get(match[2][:1].upper() + match[2][1:]) if match else None
@@ -42,7 +43,7 @@ def parse_size(size: SupportsIndex | str, *, block_size: int = 1) -> int:
         number = int(match[1]) * factor
     else:
         try:
-            number = cast("SupportsIndex", size).__index__()
+            number = size.__index__()
         except AttributeError:
             raise TypeError(f"size={size!r}: an int or a string, not {type(size).__name__}") from None
     if number <= 0:

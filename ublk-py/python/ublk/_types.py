@@ -11,9 +11,9 @@ __all__ = ["DataPath", "DeviceInfo", "Flags", "OpStats", "QueueStats", "Recovery
 DataPath = Literal["auto", "copy", "need-get-data", "user-copy", "zero-copy", "auto-buf-reg"]
 """How the data of requests moves between the kernel and the server; every backend works with each.
 
-``"auto"``: as is best for the backend; ``"copy"``: the driver copies; ``"user-copy"``: the server copies, by ``pread``
-and ``pwrite`` on the device's file (Linux 6.5); ``"zero-copy"`` and ``"auto-buf-reg"``: the client's own pages, for the
-backends in Rust that pass data on (Linux 6.15, 6.16). See ``docs/architecture.md``.
+``"auto"``: as is best for the backend; ``"copy"``: the driver copies; ``"user-copy"``: the server copies, by
+``pread`` and ``pwrite`` on the device's file (Linux 6.5); ``"zero-copy"`` and ``"auto-buf-reg"``: the client's own
+pages, for the backends in Rust that pass data on (Linux 6.15, 6.16). See ``docs/architecture.md``.
 """
 
 Recovery = Literal["wait", "reissue", "fail"]
@@ -184,7 +184,8 @@ def stats_of(raw: dict[str, Any]) -> Stats:
     """Objects of what the native side counts."""
 
     def queue(one: dict[str, Any]) -> QueueStats:
-        return QueueStats(**{name: OpStats(**v) if isinstance(v, dict) else v for name, v in one.items()})
+        fields: dict[str, Any] = {name: OpStats(**v) if isinstance(v, dict) else v for name, v in one.items()}
+        return QueueStats(**fields)
 
     return Stats([queue(q) for q in raw["queues"]], queue(raw["total"]), raw["enters"], raw["wake_ups"])
 
