@@ -20,7 +20,8 @@ def test_what_is_written_is_read(disk: ublk.Device, size: int) -> None:
     with path.open("r+b", buffering=0) as f:
         f.write(pattern)
         os.fsync(f.fileno())
-    assert path.open("rb").read(size) == pattern
+    with path.open("rb") as f:
+        assert f.read(size) == pattern
 
 
 def test_a_filesystem_survives_a_check(disk: ublk.Device, ublk_vm_artifacts: Path) -> None:
