@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! {"cmd": "start", "options": "key=value ..."}      more disks; {"ready": [...]}
-//! {"cmd": "stats"}                                  {"stats": {...}, "backend": {...}, "used": bytes}
+//! {"cmd": "stats"}                                  {"stats": {...}, "backend": {...}, "faults": {...}, "used": bytes}
 //! {"cmd": "stop", "within": s, "force": bool}       {"stopped": {...}} or {"error": ...}: then it goes on
-//! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `rules`
+//! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `faults` and `rules`
+//! {"cmd": "seed", "seed": n}                        of the faults
 //! {"cmd": "wait", "within": s}                      how it ended, if it has
 //! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
 //! {"cmd": "features"}                               what the driver offers
@@ -23,6 +24,7 @@ use serde_json::{Value, json};
 use ublk_core::control::{Control, Features};
 
 use crate::disks::{Disk, Disks};
+use crate::faults;
 use crate::options::Options;
 use crate::report::{self, say};
 
@@ -90,7 +92,9 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
         "stop" => {
             let stopped = stop(find(disks, command)?, command)?;
             // What a handle keeps would look like a leak. A test backend may still hold requests.
-            disks.all.retain(|disk| disk.running.is_some() || disk.faulty.is_some());
+            disks.all.retain(|disk| {
+                disk.running.is_some() || disk.faulty.is_some() || disk.faults.is_some()
+            });
             Ok(stopped)
         }
         "wait" => {
@@ -98,17 +102,24 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
             let ended = ended.map_err(|e| report::error(&e))?;
             Ok(json!({"ended": ended.map(|e| format!("{e:?}"))}))
         }
-        "arm" => {
-            let rules = faulty(disks, command)?.rules();
-            rules.arm(command).map(|()| json!({})).map_err(report::wrong)
+        "arm" => arm(find(disks, command)?, command).map_err(report::wrong),
+        "seed" => {
+            let faults = find(disks, command)?.faults.as_ref();
+            let faults = faults.ok_or_else(|| report::wrong("it has no faults"))?;
+            faults.seed(command["seed"].as_u64().unwrap_or(0));
+            Ok(json!({}))
         }
         "heal" => {
-            faulty(disks, command)?.rules().heal();
+            let disk = find(disks, command)?;
+            disk.faults.iter().for_each(|faults| faults.clear());
+            disk.faulty.iter().for_each(|faulty| faulty.rules().heal());
             Ok(json!({}))
         }
         "release" => {
-            let (answered, late) = faulty(disks, command)?.release();
-            Ok(json!({"answered": answered, "late": late}))
+            let disk = find(disks, command)?;
+            let went_on = disk.faults.as_ref().map_or(0, |faults| faults.release());
+            let (answered, late) = disk.faulty.as_ref().map_or((0, 0), |f| f.release());
+            Ok(json!({"answered": went_on + answered, "late": late}))
         }
         other => Err(report::wrong(format!("no command {other:?}"))),
     }
@@ -133,14 +144,23 @@ fn find<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a mut Disk, Value
     found.ok_or_else(|| report::wrong("no such disk"))
 }
 
-fn faulty<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a crate::faulty::Faulty, Value> {
-    find(disks, command)?.faulty.as_ref().ok_or_else(|| report::wrong("it is no target=test"))
+fn arm(disk: &mut Disk, command: &Value) -> Result<Value, String> {
+    let by_call = command["action"] == "short";
+    match (&disk.faults, &disk.faulty) {
+        (Some(faults), _) if !by_call => {
+            faults.add(faults::rule(command)?).map_err(|e| e.to_string())?;
+        }
+        (_, Some(faulty)) => faulty.rules().arm(command)?,
+        _ => return Err("it cannot do that".to_owned()),
+    }
+    Ok(json!({}))
 }
 
 fn stats(disk: &Disk) -> Value {
     json!({
         "stats": report::stats(&disk.device.stats()),
         "backend": disk.faulty.as_ref().map(|f| f.report()),
+        "faults": disk.faults.as_ref().map(faults::report),
         "used": disk.mem.as_ref().map(|m| m.used()),
     })
 }
