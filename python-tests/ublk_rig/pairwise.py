@@ -26,14 +26,16 @@ def pairs_of(row: Row) -> set[Pair]:
     return set(itertools.combinations(row.items(), 2))
 
 
-def pairwise(options: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
-    """Combinations that have among them each pair of values that any allowed combination has.
+def pairwise(
+    options: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool], given: Sequence[Row] = ()
+) -> list[Row]:
+    """Combinations that have, with those that are given, each pair of values that any allowed combination has.
 
     Greedy: always the combination with the most pairs that are still missing, the first of them where several
     are, so that the answer is the same every time.
     """
     candidates = [(row, pairs_of(row)) for row in everything(options, allowed)]
-    missing = set().union(*(pairs for _, pairs in candidates))
+    missing = set().union(*(pairs for _, pairs in candidates)).difference(*map(pairs_of, given))
     chosen = []
     while missing:
         row, pairs = max(candidates, key=lambda c: len(c[1] & missing))

@@ -9,6 +9,7 @@
 //! {"cmd": "wait", "within": s}                      how it ended, if it has
 //! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
 //! {"cmd": "features"}                               what the driver offers
+//! {"cmd": "share", "bytes": n}                      memory that the disk's clients share; {"path": what they map}
 //! {"cmd": "process"}                                threads, descriptors, mappings, memory
 //! {"cmd": "exit"}                                   stops all by force and ends; so does the end of stdin
 //! ```
@@ -16,12 +17,14 @@
 //! `"id"` says which disk; without it, the one that was started last.
 
 use std::io::BufRead;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublk_core::control::{Control, Features};
+use ublk_core::{Device, SharedBuffer};
 
 use crate::disks::{Disk, Disks};
 use crate::faults;
@@ -102,6 +105,14 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
             let ended = ended.map_err(|e| report::error(&e))?;
             Ok(json!({"ended": ended.map(|e| format!("{e:?}"))}))
         }
+        "share" => {
+            let disk = find(disks, command)?;
+            let shared = share(&disk.device, command["bytes"].as_u64().unwrap_or(0));
+            let buffer = shared.map_err(|e| report::error(&e))?;
+            let fd = buffer.as_file().as_raw_fd();
+            disk.shared.push(buffer);
+            Ok(json!({"path": format!("/proc/{}/fd/{fd}", std::process::id())}))
+        }
         "arm" => arm(find(disks, command)?, command).map_err(report::wrong),
         "seed" => {
             let faults = find(disks, command)?.faults.as_ref();
@@ -123,6 +134,11 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
         }
         other => Err(report::wrong(format!("no command {other:?}"))),
     }
+}
+
+fn share(device: &Device, bytes: u64) -> ublk_core::Result<SharedBuffer> {
+    let buffer = SharedBuffer::new(bytes)?;
+    device.share(&buffer).map(|_| buffer)
 }
 
 fn features() -> Result<Value, Value> {

@@ -10,7 +10,7 @@ use ublk_core::targets::{
     Fault, Faults, File, FileOptions, Mem, Null, OnWorker, Stripe, StripeOptions, SyncPolicy,
     ZonedMem, ZonedOptions,
 };
-use ublk_core::{Builder, Device, Running, Workers};
+use ublk_core::{Builder, Device, Running, SharedBuffer, Workers};
 
 use crate::faulty::Faulty;
 use crate::options::Options;
@@ -23,6 +23,8 @@ pub(crate) struct Disk {
     pub(crate) mem: Option<Mem>,
     pub(crate) faulty: Option<Faulty>,
     pub(crate) faults: Option<Faults>,
+    /// With its clients.
+    pub(crate) shared: Vec<SharedBuffer>,
 }
 
 #[derive(Default)]
@@ -69,7 +71,14 @@ impl Disks {
             Some("added") => held_when_added(builder)?,
             _ => builder.start().map_err(|e| report::error(&e))?,
         };
-        Ok(Disk { device: running.handle(), running: Some(running), mem, faulty, faults })
+        Ok(Disk {
+            device: running.handle(),
+            running: Some(running),
+            mem,
+            faulty,
+            faults,
+            shared: Vec::new(),
+        })
     }
 
     fn pool(&mut self, count: usize) -> Result<&Workers, Value> {
