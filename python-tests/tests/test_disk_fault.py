@@ -107,3 +107,27 @@ def test_rules_that_make_no_sense_are_refused(guest: Guest) -> None:
             disks.arm("error", errno=5, **{"from": 8, "to": 8})
         assert disks.faults()["rules"] == []
         assert disks.errnos("write:0:4096", "read:0:4096") == [0, 0]
+
+
+@pytest.mark.vm(smp=4)
+@pytest.mark.parametrize("survive", [0.0, 0.5])
+def test_a_file_system_keeps_what_was_synced_through_a_power_cut(guest: Guest, survive: float) -> None:
+    """What `fsync` promised is there after the crash, in a file system that its journal makes whole again."""
+    folder = guest.run("mktemp -d").out.strip()
+    with testdisk.serving(guest, "target=cache", f"size={48 << 20}") as disks:
+        guest.run(f"mkfs.ext4 -q {disks.path} && mount -o errors=continue {disks.path} {folder}")
+        guest.run(f"head -c 300001 /dev/urandom > {folder}/a && sync {folder}/a && sha256sum < {folder}/a > /tmp/sum")
+        # Written, with a new name in the directory, and not synced; out of the page cache and into the disk's.
+        guest.run(f"dd if=/dev/urandom of={folder}/b bs=64k count=16 oflag=direct status=none")
+        assert disks.ask("stats")["unflushed"] >= 1 << 20
+        lost = disks.ask("cut", probability=survive, seed=5)
+        assert lost["lost"] > 0
+        assert (lost["survived"] > 0) == (survive > 0)
+        assert disks.errnos("read:0:4096") == [errno.EIO]
+        guest.run(["umount", folder], check=False)
+        disks.ask("restore")
+        assert guest.run(f"dumpe2fs -h {disks.path} 2>/dev/null | grep -c needs_recovery").out.strip() == "1"
+        guest.run(["mount", disks.path, folder])
+        guest.run(f"sha256sum < {folder}/a | cmp - /tmp/sum")
+        guest.run(["umount", folder])
+        guest.run(["e2fsck", "-fn", disks.path])

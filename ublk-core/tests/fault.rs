@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 
 use disk::{Client, Ram, SOON, eventually, no_devices};
 use ublk_core::control::{Control, Features};
-use ublk_core::targets::{Action, Fault, Faults, File, Mem, Null, OnWorker, Rule, Stripe};
+use ublk_core::targets::{
+    Action, Fault, Faults, File, Mem, Null, OnWorker, Rule, Stripe, WriteCache,
+};
 use ublk_core::{Builder, DataPath, Errno, Op, Running};
 
 const MIB: u64 = 1 << 20;
@@ -299,4 +301,35 @@ fn rules_change_while_the_disk_is_busy() {
         assert!(faults.injected().errors >= 8, "{name}");
         disk.stop(SOON).unwrap();
     }
+}
+
+#[test]
+fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
+    for pooled in [false, true] {
+        let cache = WriteCache::new(Mem::new(4 * MIB));
+        let power = cache.power();
+        let disk = match pooled {
+            true => Builder::new(4 * MIB, cache).threads(2),
+            false => Builder::new_async(4 * MIB, OnWorker(cache)),
+        };
+        let disk = disk.start().unwrap();
+        let client = Client::open(disk.path());
+        let write = |block: u64, byte| {
+            client.write(PLACE + block * BLOCK as u64, &[byte; BLOCK]).unwrap();
+        };
+        (0..3).for_each(|block| write(block, 1));
+        client.fsync().unwrap();
+        assert_eq!(power.unflushed(), 0);
+        (0..3).for_each(|block| write(block, 2));
+        let lost = power.cut_some(0.0, 0).unwrap();
+        assert_eq!((lost.lost, lost.survived), (3 * BLOCK as u64, 0));
+        assert_eq!(client.read_errno(PLACE, BLOCK), libc::EIO);
+        assert_eq!(client.write_errno(PLACE, &[9; BLOCK]), libc::EIO);
+        assert_eq!(client.fsync().unwrap_err().raw_os_error(), Some(libc::EIO));
+        power.restore();
+        assert_eq!(client.read(PLACE, 3 * BLOCK).unwrap(), [1; 3 * BLOCK]);
+        drop(client);
+        disk.stop(SOON).unwrap();
+    }
+    no_devices();
 }

@@ -9,6 +9,7 @@
 //! {"cmd": "wait", "within": s}                      how it ended, if it has
 //! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
 //! {"cmd": "features"}                               what the driver offers
+//! {"cmd": "cut", "probability": p, "seed": n}  {"cmd": "restore"}             the power of a write cache
 //! {"cmd": "share", "bytes": n}                      memory that the disk's clients share; {"path": what they map}
 //! {"cmd": "process"}                                threads, descriptors, mappings, memory
 //! {"cmd": "exit"}                                   stops all by force and ends; so does the end of stdin
@@ -24,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublk_core::control::{Control, Features};
+use ublk_core::targets::Power;
 use ublk_core::{Device, SharedBuffer};
 
 use crate::disks::{Disk, Disks};
@@ -105,6 +107,17 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
             let ended = ended.map_err(|e| report::error(&e))?;
             Ok(json!({"ended": ended.map(|e| format!("{e:?}"))}))
         }
+        "cut" => {
+            let power = power(disks, command)?;
+            let probability = command["probability"].as_f64().unwrap_or(0.0);
+            let lost = power.cut_some(probability, command["seed"].as_u64().unwrap_or(0));
+            let lost = lost.map_err(|e| report::error(&e))?;
+            Ok(json!({"lost": lost.lost, "survived": lost.survived}))
+        }
+        "restore" => {
+            power(disks, command)?.restore();
+            Ok(json!({}))
+        }
         "share" => {
             let disk = find(disks, command)?;
             let shared = share(&disk.device, command["bytes"].as_u64().unwrap_or(0));
@@ -160,6 +173,10 @@ fn find<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a mut Disk, Value
     found.ok_or_else(|| report::wrong("no such disk"))
 }
 
+fn power<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a Power, Value> {
+    find(disks, command)?.power.as_ref().ok_or_else(|| report::wrong("it is no target=cache"))
+}
+
 fn arm(disk: &mut Disk, command: &Value) -> Result<Value, String> {
     let by_call = command["action"] == "short";
     match (&disk.faults, &disk.faulty) {
@@ -177,6 +194,7 @@ fn stats(disk: &Disk) -> Value {
         "stats": report::stats(&disk.device.stats()),
         "backend": disk.faulty.as_ref().map(|f| f.report()),
         "faults": disk.faults.as_ref().map(faults::report),
+        "unflushed": disk.power.as_ref().map(|power| power.unflushed()),
         "used": disk.mem.as_ref().map(|m| m.used()),
     })
 }

@@ -7,8 +7,8 @@ use std::sync::Mutex;
 use serde_json::{Value, json};
 use ublk_core::control::Control;
 use ublk_core::targets::{
-    Fault, Faults, File, FileOptions, Mem, Null, OnWorker, Stripe, StripeOptions, SyncPolicy,
-    ZonedMem, ZonedOptions,
+    Fault, Faults, File, FileOptions, Mem, Null, OnWorker, Power, Stripe, StripeOptions,
+    SyncPolicy, WriteCache, ZonedMem, ZonedOptions,
 };
 use ublk_core::{Builder, Device, Running, SharedBuffer, Workers};
 
@@ -23,6 +23,7 @@ pub(crate) struct Disk {
     pub(crate) mem: Option<Mem>,
     pub(crate) faulty: Option<Faulty>,
     pub(crate) faults: Option<Faults>,
+    pub(crate) power: Option<Power>,
     /// With its clients.
     pub(crate) shared: Vec<SharedBuffer>,
 }
@@ -39,11 +40,12 @@ struct Parts {
     mem: Option<Mem>,
     faulty: Option<Faulty>,
     faults: Option<Faults>,
+    power: Option<Power>,
 }
 
 impl Parts {
     fn only(builder: Builder) -> Self {
-        Parts { builder, mem: None, faulty: None, faults: None }
+        Parts { builder, mem: None, faulty: None, faults: None, power: None }
     }
 }
 
@@ -62,7 +64,7 @@ impl Disks {
     }
 
     pub(crate) fn start_one(&mut self, options: &Options) -> Result<Disk, Value> {
-        let Parts { builder, mem, faulty, faults } = self.parts(options)?;
+        let Parts { builder, mem, faulty, faults, power } = self.parts(options)?;
         let mut builder = options.tune(builder).map_err(report::wrong)?;
         if let Some(count) = options.number("workers").map_err(report::wrong)? {
             builder = builder.workers(self.pool(count)?);
@@ -77,6 +79,7 @@ impl Disks {
             mem,
             faulty,
             faults,
+            power,
             shared: Vec::new(),
         })
     }
@@ -114,6 +117,15 @@ impl Disks {
             }
             ("file", "own") => only(open_file(options)?.builder()),
             ("stripe", "own") => only(stripe(options)?.builder()),
+            ("cache", "own") => {
+                let mem = self.mem(options).map_err(report::wrong)?;
+                let cache = WriteCache::new(mem.clone());
+                let power = Some(cache.power());
+                let fault = Fault::new(OnWorker(cache));
+                let faults = Some(fault.faults());
+                let builder = Builder::new_async(size, fault);
+                Parts { mem: Some(mem), faults, power, ..only(builder) }
+            }
             ("fault", via) => self.fault(options, via)?,
             ("zoned", "own") => {
                 let (zones, zone) = zones(options).map_err(report::wrong)?;
@@ -142,7 +154,7 @@ impl Disks {
                     }
                     other => return Err(report::wrong(format!("no via={other}"))),
                 };
-                Parts { builder, mem: Some(mem), faulty: Some(faulty), faults }
+                Parts { mem: Some(mem), faulty: Some(faulty), faults, ..only(builder) }
             }
             (target, via) => {
                 return Err(report::wrong(format!("no target={target} via={via}")));

@@ -6,7 +6,9 @@
 //! * [`File`] is a regular file or another block device.
 //! * [`Stripe`] is several of them as one disk.
 //! * [`Fault`] is any other backend that misbehaves by rules, for tests.
+//! * [`WriteCache`] is another that loses what was not flushed when its power is cut.
 
+mod cache_pages;
 mod fault;
 mod fault_gate;
 mod fault_handle;
@@ -20,9 +22,11 @@ mod mem_chunks;
 mod mem_slab;
 mod null;
 mod on_worker;
+mod random;
 mod stripe;
 mod stripe_layout;
 mod stripe_open;
+mod write_cache;
 mod zoned;
 mod zoned_table;
 
@@ -36,4 +40,5 @@ pub use null::Null;
 pub use on_worker::OnWorker;
 pub use stripe::Stripe;
 pub use stripe_open::StripeOptions;
+pub use write_cache::{Lost, Power, WriteCache};
 pub use zoned::{ZonedMem, ZonedOptions};
