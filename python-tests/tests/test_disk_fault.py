@@ -61,14 +61,15 @@ def test_a_client_meets_as_many_errors_as_were_injected(guest: Guest, over: str)
 def test_delays_are_seen_by_each_request_and_not_by_those_behind_it(guest: Guest, over: str) -> None:
     with testdisk.serving(guest, *faulty(guest, over), "queues=1") as disks:
         disks.arm("delay", ms=200, most_ms=300, op="read")
-        job = fio(guest, disks.path, "--rw=randread", "--iodepth=32", "--size=256k")
+        job = fio(guest, disks.path, "--rw=randread", "--iodepth=32", f"--size={SIZE}", "--io_size=256k")
         latency = job["read"]["clat_ns"]
         assert job["total_err"] == 0
         assert latency["min"] >= 200_000_000
         # 64 reads. One after the other they would take 12.8 s at the very least, and a half of that is ample.
         assert job["read"]["runtime"] < 6400, job["read"]["runtime"]
         faults = disks.faults()
-        assert faults["delays"] >= 64
+        # Neighbours may have been merged.
+        assert 32 < faults["delays"] == faults["rules"][0]["seen"]
         assert 200 * faults["delays"] <= faults["delayed_ms"] <= 300 * faults["delays"]
 
 
