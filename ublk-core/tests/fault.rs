@@ -321,7 +321,7 @@ fn a_power_cut_loses_what_was_not_flushed_and_nothing_else() {
         client.fsync().unwrap();
         assert_eq!(power.unflushed(), 0);
         (0..3).for_each(|block| write(block, 2));
-        let lost = power.cut_some(0.0, 0).unwrap();
+        let lost = power.cut();
         assert_eq!((lost.lost, lost.survived), (3 * BLOCK as u64, 0));
         assert_eq!(client.read_errno(PLACE, BLOCK), libc::EIO);
         assert_eq!(client.write_errno(PLACE, &[9; BLOCK]), libc::EIO);

@@ -29,7 +29,7 @@ use crate::worker::serve::write_all;
 /// let power = cache.power();
 /// let disk = Builder::new(1 << 30, cache).start()?;
 /// // ... mkfs, mount, run the database for a while ...
-/// let lost = power.cut()?;
+/// let lost = power.cut();
 /// println!("{} bytes were not durable", lost.lost);
 /// // ... everything fails now: kill the database, unmount ...
 /// power.restore();
@@ -136,12 +136,19 @@ impl<B> Clone for WriteCache<B> {
 impl Power {
     /// Cuts the power: everything that is not durable is lost, and requests fail with `EIO` until
     /// [`restore`](Self::restore). Once more when it is off does nothing.
-    ///
-    /// # Errors
-    ///
-    /// None so far.
-    pub fn cut(&self) -> Result<Lost> {
-        self.cut_some(0.0, 0)
+    pub fn cut(&self) -> Lost {
+        self.keep(|| false).0
+    }
+
+    /// Cuts; what `survives` is left to be passed on.
+    fn keep(&self, survives: impl FnMut() -> bool) -> (Lost, Pages, MutexGuard<'_, Cache>) {
+        let mut cache = self.0.lock();
+        cache.off = true;
+        let mut pages = std::mem::take(&mut cache.pages);
+        let held = pages.bytes();
+        pages.retain(survives);
+        let survived = pages.bytes();
+        (Lost { lost: held - survived, survived }, pages, cache)
     }
 
     /// As [`cut`](Self::cut), but each sector of 512 bytes that is not durable survives with a `probability` from 0 to
@@ -158,17 +165,12 @@ impl Power {
             let why = format!("a probability is from 0 to 1, not {probability}");
             return Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT).because(why));
         }
-        let mut cache = self.0.lock();
-        cache.off = true;
-        let mut pages = std::mem::take(&mut cache.pages);
-        let held = pages.bytes();
         let mut random = Random::new(seed, 0);
-        pages.retain(|| random.below_one() < probability);
-        let survived = pages.bytes();
+        let (lost, mut pages, _cache) = self.keep(|| random.below_one() < probability);
         self.0
             .pass_on(&mut pages)
             .map_err(|e| Error::new(ErrorKind::Io, ATTEMPT).with_source(e))?;
-        Ok(Lost { lost: held - survived, survived })
+        Ok(lost)
     }
 
     /// Requests are served again, from what has survived. Clients have still cached what they read and wrote before.
@@ -297,13 +299,13 @@ mod tests {
         cache.write_zeroes(4096, 512, RequestFlags::default()).unwrap();
         let all = |cache: &WriteCache<Mem>| [0, 512, 4096, 8192].map(|at| read(cache, at).unwrap());
         assert_eq!((all(&cache), power.unflushed()), ([2, 3, 0, 4], 1024));
-        assert_eq!(power.cut().unwrap(), Lost { lost: 1024, survived: 0 });
+        assert_eq!(power.cut(), Lost { lost: 1024, survived: 0 });
         assert!(!power.is_on());
         let eio = |e: io::Error| assert_eq!(e.raw_os_error(), Some(libc::EIO));
         eio(read(&cache, 0).unwrap_err());
         eio(cache.flush().unwrap_err());
         eio(cache.write(&[9; 512], 0, RequestFlags::default()).unwrap_err());
-        assert_eq!(power.cut().unwrap(), Lost::default());
+        assert_eq!(power.cut(), Lost::default());
         power.restore();
         assert_eq!(all(&cache), [1, 3, 0, 0]);
     }
