@@ -31,3 +31,13 @@ def test_there_are_few_of_them_and_always_the_same() -> None:
     assert 11 <= len(chosen) <= 15
     assert chosen == pairwise(OPTIONS, _allowed)
     assert len(everything(OPTIONS, _allowed)) == 48 - 4
+
+
+def test_what_is_given_is_not_covered_again() -> None:
+    given = pairwise(OPTIONS, lambda row: _allowed(row) and row["a"] != 3)
+    more = pairwise(OPTIONS, _allowed, given)
+    possible = set().union(*(pairs_of(row) for row in everything(OPTIONS, _allowed)))
+    assert set().union(*(pairs_of(row) for row in given + more)) == possible
+    assert len(more) < len(pairwise(OPTIONS, _allowed))
+    assert all(row["a"] == 3 for row in more)
+    assert pairwise(OPTIONS, _allowed, given + more) == []

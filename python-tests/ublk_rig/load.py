@@ -20,12 +20,20 @@ def eventually(guest: Guest, true: Callable[[], bool], secs: float = 20) -> None
         time.sleep(0.05)
 
 
-def load(guest: Guest, disk: str) -> Process:
+def load(guest: Guest, disk: str, *options: str) -> Process:
     """Reads and writes until the disk fails or the program is ended."""
     return guest.popen(
         [
             *("fio", "--name=l", f"--filename={disk}", "--direct=1", "--ioengine=libaio", "--rw=randrw", "--bs=4k"),
-            *("--iodepth=16", "--size=8M", "--time_based", "--runtime=600", "--thread", "--output=/dev/null"),
+            *(
+                "--iodepth=16",
+                "--size=8M",
+                "--time_based",
+                "--runtime=600",
+                "--thread",
+                "--output=/dev/null",
+                *options,
+            ),
         ]
     )
 

@@ -6,6 +6,7 @@ Most defects that depend on options depend on two of them, and there are far few
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,17 +27,27 @@ def pairs_of(row: Row) -> set[Pair]:
     return set(itertools.combinations(row.items(), 2))
 
 
-def pairwise(options: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
-    """Combinations that have among them each pair of values that any allowed combination has.
+def pairwise(
+    options: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool], given: Sequence[Row] = ()
+) -> list[Row]:
+    """Combinations that have, with those that are given, each pair of values that any allowed combination has.
 
-    Greedy: always the combination with the most pairs that are still missing, the first of them where several
-    are, so that the answer is the same every time.
+    Greedy: always the combination with the most pairs that are still missing; of several the one whose pairs were
+    used least, so that the same do not meet again and again; then the first, so that the answer is the same every
+    time.
     """
     candidates = [(row, pairs_of(row)) for row in everything(options, allowed)]
-    missing = set().union(*(pairs for _, pairs in candidates))
+    missing = set().union(*(pairs for _, pairs in candidates)).difference(*map(pairs_of, given))
+    used = Counter(pair for row in given for pair in pairs_of(row))
     chosen = []
+
+    def worth(candidate: tuple[Row, set[Pair]]) -> tuple[int, int]:
+        _, pairs = candidate
+        return len(pairs & missing), -sum(used[pair] for pair in pairs)
+
     while missing:
-        row, pairs = max(candidates, key=lambda c: len(c[1] & missing))
+        row, pairs = max(candidates, key=worth)
         chosen.append(row)
+        used.update(pairs)
         missing -= pairs
     return chosen

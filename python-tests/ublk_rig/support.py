@@ -38,6 +38,9 @@ CAPABILITIES = (
     Capability("The README's ramdisk: mkfs, mount, write, read back", r"test_readme\.py"),
     Capability("File systems: ext4, xfs, btrfs", r"test_disk_filesystems"),
     Capability("Verified I/O (fio): sizes, queues, depths, block sizes", r"test_disk_fio"),
+    Capability("Several files as one disk (stripe)", r"stripe::"),
+    Capability("Disks that misbehave by rules (fault)", r"fault::|test_disk_fault"),
+    Capability("Every data path, command strategy and target through a life", r"test_disk_matrix"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
     ),

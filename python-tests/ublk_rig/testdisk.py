@@ -115,8 +115,8 @@ class Disks:
         features: list[str] = self.ready[-1]["features"]
         return features
 
-    def arm(self, action: str, **fields: str | int) -> None:
-        """Make the test backend misbehave; see `testdisk/src/rules.rs`."""
+    def arm(self, action: str, **fields: str | float) -> None:
+        """Make the disk misbehave; see `testdisk/src/faults.rs`, and `rules.rs` for handlers."""
         self._send({"cmd": "arm", "action": action, **fields})
         self.read()
 
@@ -133,6 +133,11 @@ class Disks:
         """What the test backend has seen."""
         backend: dict[str, Any] = self.ask("stats")["backend"]
         return backend
+
+    def faults(self) -> dict[str, Any]:
+        """What rules have done."""
+        faults: dict[str, Any] = self.ask("stats")["faults"]
+        return faults
 
     def used(self) -> int:
         """Bytes of memory that the contents take."""

@@ -94,6 +94,17 @@ impl std::fmt::Debug for Capabilities {
     }
 }
 
+/// The error of a call whose request is to be dropped without an answer, as a [`QueueHandler`] drops its own.
+#[derive(Debug, thiserror::Error)]
+#[error("the request is dropped without an answer")]
+pub(crate) struct Unanswered;
+
+impl From<Unanswered> for io::Error {
+    fn from(unanswered: Unanswered) -> Self {
+        io::Error::other(unanswered)
+    }
+}
+
 /// A disk served by blocking calls.
 ///
 /// Offsets and lengths are bytes, multiples of the logical block size, within the device. An error's

@@ -61,7 +61,10 @@ pub use worker::pool::Workers;
 pub use worker::ring::{IoBuf, IoBufMut, Ring, RingFile};
 pub use zones::{Zone, ZoneAction, ZoneKind, ZoneState};
 
-/// The README's programs compile.
+/// The programs of the README and of the pages compile.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/faults.md")]
+struct Faults;

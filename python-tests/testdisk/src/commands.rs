@@ -2,12 +2,15 @@
 //!
 //! ```text
 //! {"cmd": "start", "options": "key=value ..."}      more disks; {"ready": [...]}
-//! {"cmd": "stats"}                                  {"stats": {...}, "backend": {...}, "used": bytes}
+//! {"cmd": "stats"}                                  {"stats": {...}, "backend": {...}, "faults": {...}, "used": bytes}
 //! {"cmd": "stop", "within": s, "force": bool}       {"stopped": {...}} or {"error": ...}: then it goes on
-//! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `rules`
+//! {"cmd": "arm", "action": ..., ...}  {"cmd": "heal"}  {"cmd": "release"}      see `faults` and `rules`
+//! {"cmd": "seed", "seed": n}                        of the faults
 //! {"cmd": "wait", "within": s}                      how it ended, if it has
 //! {"cmd": "cycle", "times": n, "options": "..."}    starts and stops disks
 //! {"cmd": "features"}                               what the driver offers
+//! {"cmd": "cut", "probability": p, "seed": n}  {"cmd": "restore"}             the power of a write cache
+//! {"cmd": "share", "bytes": n}                      memory that the disk's clients share; {"path": what they map}
 //! {"cmd": "process"}                                threads, descriptors, mappings, memory
 //! {"cmd": "exit"}                                   stops all by force and ends; so does the end of stdin
 //! ```
@@ -15,14 +18,18 @@
 //! `"id"` says which disk; without it, the one that was started last.
 
 use std::io::BufRead;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublk_core::control::{Control, Features};
+use ublk_core::targets::Power;
+use ublk_core::{Device, SharedBuffer};
 
 use crate::disks::{Disk, Disks};
+use crate::faults;
 use crate::options::Options;
 use crate::report::{self, say};
 
@@ -90,7 +97,9 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
         "stop" => {
             let stopped = stop(find(disks, command)?, command)?;
             // What a handle keeps would look like a leak. A test backend may still hold requests.
-            disks.all.retain(|disk| disk.running.is_some() || disk.faulty.is_some());
+            disks.all.retain(|disk| {
+                disk.running.is_some() || disk.faulty.is_some() || disk.faults.is_some()
+            });
             Ok(stopped)
         }
         "wait" => {
@@ -98,20 +107,51 @@ fn obey(disks: &mut Disks, command: &Value) -> Result<Value, Value> {
             let ended = ended.map_err(|e| report::error(&e))?;
             Ok(json!({"ended": ended.map(|e| format!("{e:?}"))}))
         }
-        "arm" => {
-            let rules = faulty(disks, command)?.rules();
-            rules.arm(command).map(|()| json!({})).map_err(report::wrong)
+        "cut" => {
+            let power = power(disks, command)?;
+            let probability = command["probability"].as_f64().unwrap_or(0.0);
+            let lost = power.cut_some(probability, command["seed"].as_u64().unwrap_or(0));
+            let lost = lost.map_err(|e| report::error(&e))?;
+            Ok(json!({"lost": lost.lost, "survived": lost.survived}))
+        }
+        "restore" => {
+            power(disks, command)?.restore();
+            Ok(json!({}))
+        }
+        "share" => {
+            let disk = find(disks, command)?;
+            let shared = share(&disk.device, command["bytes"].as_u64().unwrap_or(0));
+            let buffer = shared.map_err(|e| report::error(&e))?;
+            let fd = buffer.as_file().as_raw_fd();
+            disk.shared.push(buffer);
+            Ok(json!({"path": format!("/proc/{}/fd/{fd}", std::process::id())}))
+        }
+        "arm" => arm(find(disks, command)?, command).map_err(report::wrong),
+        "seed" => {
+            let faults = find(disks, command)?.faults.as_ref();
+            let faults = faults.ok_or_else(|| report::wrong("it has no faults"))?;
+            faults.seed(command["seed"].as_u64().unwrap_or(0));
+            Ok(json!({}))
         }
         "heal" => {
-            faulty(disks, command)?.rules().heal();
+            let disk = find(disks, command)?;
+            disk.faults.iter().for_each(|faults| faults.clear());
+            disk.faulty.iter().for_each(|faulty| faulty.rules().heal());
             Ok(json!({}))
         }
         "release" => {
-            let (answered, late) = faulty(disks, command)?.release();
-            Ok(json!({"answered": answered, "late": late}))
+            let disk = find(disks, command)?;
+            let went_on = disk.faults.as_ref().map_or(0, |faults| faults.release());
+            let (answered, late) = disk.faulty.as_ref().map_or((0, 0), |f| f.release());
+            Ok(json!({"answered": went_on + answered, "late": late}))
         }
         other => Err(report::wrong(format!("no command {other:?}"))),
     }
+}
+
+fn share(device: &Device, bytes: u64) -> ublk_core::Result<SharedBuffer> {
+    let buffer = SharedBuffer::new(bytes)?;
+    device.share(&buffer).map(|_| buffer)
 }
 
 fn features() -> Result<Value, Value> {
@@ -133,14 +173,28 @@ fn find<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a mut Disk, Value
     found.ok_or_else(|| report::wrong("no such disk"))
 }
 
-fn faulty<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a crate::faulty::Faulty, Value> {
-    find(disks, command)?.faulty.as_ref().ok_or_else(|| report::wrong("it is no target=test"))
+fn power<'a>(disks: &'a mut Disks, command: &Value) -> Result<&'a Power, Value> {
+    find(disks, command)?.power.as_ref().ok_or_else(|| report::wrong("it is no target=cache"))
+}
+
+fn arm(disk: &mut Disk, command: &Value) -> Result<Value, String> {
+    let by_call = command["action"] == "short";
+    match (&disk.faults, &disk.faulty) {
+        (Some(faults), _) if !by_call => {
+            faults.add(faults::rule(command)?).map_err(|e| e.to_string())?;
+        }
+        (_, Some(faulty)) => faulty.rules().arm(command)?,
+        _ => return Err("it cannot do that".to_owned()),
+    }
+    Ok(json!({}))
 }
 
 fn stats(disk: &Disk) -> Value {
     json!({
         "stats": report::stats(&disk.device.stats()),
         "backend": disk.faulty.as_ref().map(|f| f.report()),
+        "faults": disk.faults.as_ref().map(faults::report),
+        "unflushed": disk.power.as_ref().map(|power| power.unflushed()),
         "used": disk.mem.as_ref().map(|m| m.used()),
     })
 }

@@ -6,8 +6,11 @@ use std::sync::Mutex;
 
 use serde_json::{Value, json};
 use ublk_core::control::Control;
-use ublk_core::targets::{File, FileOptions, Mem, Null, SyncPolicy, ZonedMem, ZonedOptions};
-use ublk_core::{Builder, Device, Running, Workers};
+use ublk_core::targets::{
+    Fault, Faults, File, FileOptions, Mem, Null, OnWorker, Power, Stripe, StripeOptions,
+    SyncPolicy, WriteCache, ZonedMem, ZonedOptions,
+};
+use ublk_core::{Builder, Device, Running, SharedBuffer, Workers};
 
 use crate::faulty::Faulty;
 use crate::options::Options;
@@ -19,6 +22,10 @@ pub(crate) struct Disk {
     pub(crate) running: Option<Running>,
     pub(crate) mem: Option<Mem>,
     pub(crate) faulty: Option<Faulty>,
+    pub(crate) faults: Option<Faults>,
+    pub(crate) power: Option<Power>,
+    /// With its clients.
+    pub(crate) shared: Vec<SharedBuffer>,
 }
 
 #[derive(Default)]
@@ -32,6 +39,14 @@ struct Parts {
     builder: Builder,
     mem: Option<Mem>,
     faulty: Option<Faulty>,
+    faults: Option<Faults>,
+    power: Option<Power>,
+}
+
+impl Parts {
+    fn only(builder: Builder) -> Self {
+        Parts { builder, mem: None, faulty: None, faults: None, power: None }
+    }
 }
 
 impl Disks {
@@ -49,7 +64,7 @@ impl Disks {
     }
 
     pub(crate) fn start_one(&mut self, options: &Options) -> Result<Disk, Value> {
-        let Parts { builder, mem, faulty } = self.parts(options)?;
+        let Parts { builder, mem, faulty, faults, power } = self.parts(options)?;
         let mut builder = options.tune(builder).map_err(report::wrong)?;
         if let Some(count) = options.number("workers").map_err(report::wrong)? {
             builder = builder.workers(self.pool(count)?);
@@ -58,7 +73,15 @@ impl Disks {
             Some("added") => held_when_added(builder)?,
             _ => builder.start().map_err(|e| report::error(&e))?,
         };
-        Ok(Disk { device: running.handle(), running: Some(running), mem, faulty })
+        Ok(Disk {
+            device: running.handle(),
+            running: Some(running),
+            mem,
+            faulty,
+            faults,
+            power,
+            shared: Vec::new(),
+        })
     }
 
     fn pool(&mut self, count: usize) -> Result<&Workers, Value> {
@@ -80,7 +103,7 @@ impl Disks {
 
     fn parts(&mut self, options: &Options) -> Result<Parts, Value> {
         let size = options.size().map_err(report::wrong)?;
-        let only = |builder| Parts { builder, mem: None, faulty: None };
+        let only = Parts::only;
         Ok(match (options.text("target").unwrap_or("mem"), options.text("via").unwrap_or("own")) {
             ("null", "own") => only(Null::new().builder(size)),
             ("null", "backend") => only(Builder::new(size, Null::new())),
@@ -90,13 +113,20 @@ impl Disks {
                     "own" => mem.builder(),
                     _ => Builder::new(size, mem.clone()),
                 };
-                Parts { builder, mem: Some(mem), faulty: None }
+                Parts { mem: Some(mem), ..only(builder) }
             }
-            ("file", "own") => {
-                let file = file(options).map_err(report::wrong)?;
-                let path = options.text("path").unwrap_or_default();
-                only(file.open(path).map_err(|e| report::error(&e))?.builder())
+            ("file", "own") => only(open_file(options)?.builder()),
+            ("stripe", "own") => only(stripe(options)?.builder()),
+            ("cache", "own") => {
+                let mem = self.mem(options).map_err(report::wrong)?;
+                let cache = WriteCache::new(mem.clone());
+                let power = Some(cache.power());
+                let fault = Fault::new(OnWorker(cache));
+                let faults = Some(fault.faults());
+                let builder = Builder::new_async(size, fault);
+                Parts { mem: Some(mem), faults, power, ..only(builder) }
             }
+            ("fault", via) => self.fault(options, via)?,
             ("zoned", "own") => {
                 let (zones, zone) = zones(options).map_err(report::wrong)?;
                 only(zones.create(size, zone).map_err(|e| report::error(&e))?.builder())
@@ -106,9 +136,12 @@ impl Disks {
                 let able = options.capabilities().map_err(report::wrong)?;
                 let faulty = Faulty::new(mem.clone(), able);
                 let theirs = faulty.clone();
+                let fault = Fault::new(faulty.clone());
+                // A handler has the requests themselves to misbehave with.
+                let faults = matches!(via, "backend" | "async").then(|| fault.faults());
                 let builder = match via {
-                    "backend" => Builder::new(size, theirs),
-                    "async" => Builder::new_async(size, theirs),
+                    "backend" => Builder::new(size, fault),
+                    "async" => Builder::new_async(size, fault),
                     "handler" | "own" if options.text("hold_at") == Some("starting") => {
                         Builder::with_handlers(size, able, move |queue| {
                             report::say(&json!({"stage": "starting", "queue": queue}));
@@ -121,12 +154,51 @@ impl Disks {
                     }
                     other => return Err(report::wrong(format!("no via={other}"))),
                 };
-                Parts { builder, mem: Some(mem), faulty: Some(faulty) }
+                Parts { mem: Some(mem), faulty: Some(faulty), faults, ..only(builder) }
             }
             (target, via) => {
                 return Err(report::wrong(format!("no target={target} via={via}")));
             }
         })
+    }
+
+    /// One of the others with faults.
+    fn fault(&mut self, options: &Options, via: &str) -> Result<Parts, Value> {
+        let size = options.size().map_err(report::wrong)?;
+        let (builder, faults) = match (options.text("over").unwrap_or("mem"), via) {
+            ("mem", via @ ("own" | "backend")) => {
+                let mem = self.mem(options).map_err(report::wrong)?;
+                match via {
+                    "own" => {
+                        let fault = Fault::new(OnWorker(mem));
+                        let faults = fault.faults();
+                        (fault.builder(), faults)
+                    }
+                    _ => {
+                        let fault = Fault::new(mem);
+                        let faults = fault.faults();
+                        (Builder::new(size, fault), faults)
+                    }
+                }
+            }
+            ("null", "own") => {
+                let fault = Fault::new(OnWorker(Null::new()));
+                let faults = fault.faults();
+                (fault.builder(size), faults)
+            }
+            ("file", "own") => {
+                let fault = Fault::new(open_file(options)?);
+                let faults = fault.faults();
+                (fault.builder(), faults)
+            }
+            ("stripe", "own") => {
+                let fault = Fault::new(stripe(options)?);
+                let faults = fault.faults();
+                (fault.builder(), faults)
+            }
+            (over, via) => return Err(report::wrong(format!("no faults over={over} via={via}"))),
+        };
+        Ok(Parts { faults: Some(faults), ..Parts::only(builder) })
     }
 }
 
@@ -159,6 +231,37 @@ fn file(options: &Options) -> Result<FileOptions, String> {
         file = file.logical_block_size(block);
     }
     Ok(file)
+}
+
+fn open_file(options: &Options) -> Result<File, Value> {
+    let file = file(options).map_err(report::wrong)?;
+    let path = options.text("path").unwrap_or_default();
+    file.open(path).map_err(|e| report::error(&e))
+}
+
+/// Its members are `path=`, separated by commas.
+fn stripe(options: &Options) -> Result<Stripe, Value> {
+    let stripe = stripe_options(options).map_err(report::wrong)?;
+    let members =
+        options.text("path").unwrap_or_default().split(',').filter(|path| !path.is_empty());
+    stripe.open(members).map_err(|e| report::error(&e))
+}
+
+fn stripe_options(options: &Options) -> Result<StripeOptions, String> {
+    let mut stripe = Stripe::options()
+        .direct(options.is_on("direct"))
+        .read_only(options.is_on("read_only"))
+        .create(options.size()?);
+    if let Some(bytes) = options.number("chunk")? {
+        stripe = stripe.chunk(bytes);
+    }
+    if options.is_on("every_write") {
+        stripe = stripe.sync(SyncPolicy::EveryWrite);
+    }
+    if let Some(block) = options.number("block")? {
+        stripe = stripe.logical_block_size(block);
+    }
+    Ok(stripe)
 }
 
 fn held_when_added(builder: Builder) -> Result<Running, Value> {

@@ -1,10 +1,10 @@
-//! The test backend: a memory disk that counts, and misbehaves as its rules say, behind each of the library's
-//! three traits.
+//! The test backend: a memory disk that counts, behind each of the library's three traits. As a handler it misbehaves
+//! with the requests themselves, as its rules say; to the others the library's `Fault` does that, except for short
+//! transfers.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::task::{Poll, Waker};
 
 use serde_json::{Value, json};
 use ublk_core::targets::Mem;
@@ -35,7 +35,6 @@ struct Gate {
     /// How often it was opened.
     generation: u64,
     threads: usize,
-    wakers: Vec<Waker>,
     requests: Vec<Request>,
 }
 
@@ -60,19 +59,18 @@ impl Faulty {
         let mut report = self.0.counts.report();
         let gate = self.gate();
         report["held"] = json!(gate.requests.len());
-        report["waiting"] = json!(gate.threads + gate.wakers.len());
+        report["waiting"] = json!(gate.threads);
         report
     }
 
     /// Lets all go that waits; held requests are answered from here. How many were, and how many were too late.
     pub(crate) fn release(&self) -> (usize, usize) {
-        let (requests, wakers) = {
+        let requests = {
             let mut gate = self.gate();
             gate.generation += 1;
-            (std::mem::take(&mut gate.requests), std::mem::take(&mut gate.wakers))
+            std::mem::take(&mut gate.requests)
         };
         self.0.opened.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
         let answers = requests.into_iter().map(|request| self.answer(request));
         answers.fold((0, 0), |(ok, late), in_time| match in_time {
             true => (ok + 1, late),
@@ -94,19 +92,6 @@ impl Faulty {
         gate.threads -= 1;
     }
 
-    async fn wait(&self) {
-        let from = self.gate().generation;
-        std::future::poll_fn(|context| {
-            let mut gate = self.gate();
-            if gate.generation != from {
-                return Poll::Ready(());
-            }
-            gate.wakers.push(context.waker().clone());
-            Poll::Pending
-        })
-        .await;
-    }
-
     /// 1 to `len`.
     fn some_of(&self, len: usize) -> usize {
         let mut x = self.0.random.load(Ordering::Relaxed);
@@ -122,19 +107,12 @@ impl Faulty {
         self.0.rules.decide(op, offset, len)
     }
 
-    /// What is to be done before a blocking call is answered; how much of `len` is to be transferred.
-    fn blocking(&self, op: Op, offset: u64, len: usize, flags: RequestFlags) -> io::Result<usize> {
+    /// How much of `len` is to be transferred by a call.
+    fn part(&self, op: Op, offset: u64, len: usize, flags: RequestFlags) -> usize {
         match self.note(op, offset, len as u64, flags) {
-            None => {}
-            Some(Action::Short) => return Ok(self.some_of(len)),
-            Some(Action::Stuck) => self.block_thread(),
-            Some(Action::Delay(time)) => std::thread::sleep(time),
-            Some(Action::Panic) => panic!("planted: {op:?} at {offset}"),
-            Some(Action::Error(errno)) => return Err(errno.into()),
-            // These need the request itself.
-            Some(Action::Drop | Action::Leak | Action::Hold) => return Err(Errno::ENOSYS.into()),
+            Some(Action::Short) => self.some_of(len),
+            _ => len,
         }
-        Ok(len)
     }
 
     /// Does what a request asks for.
@@ -154,29 +132,9 @@ impl Faulty {
         request.complete(result).is_ok()
     }
 
-    async fn run(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.before(request.op(), request.offset(), request.len(), request.flags(), ring).await?;
+    fn run(&self, request: &mut Request) -> io::Result<()> {
+        self.note(request.op(), request.offset(), request.len(), request.flags());
         self.execute(request)
-    }
-
-    async fn before(
-        &self,
-        op: Op,
-        offset: u64,
-        len: u64,
-        flags: RequestFlags,
-        ring: &Ring,
-    ) -> io::Result<()> {
-        match self.note(op, offset, len, flags) {
-            None => {}
-            Some(Action::Hold) => self.wait().await,
-            Some(Action::Stuck) => self.block_thread(),
-            Some(Action::Delay(time)) => ring.sleep(time).await,
-            Some(Action::Panic) => panic!("planted: {op:?} at {offset}"),
-            Some(Action::Error(errno)) => return Err(errno.into()),
-            Some(Action::Drop | Action::Leak | Action::Short) => return Err(Errno::ENOSYS.into()),
-        }
-        Ok(())
     }
 }
 
@@ -185,24 +143,25 @@ impl Backend for Faulty {
         self.0.capabilities
     }
     fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let n = self.blocking(Op::Read, offset, buf.len(), RequestFlags::default())?;
+        let n = self.part(Op::Read, offset, buf.len(), RequestFlags::default());
         self.0.mem.read_at(&mut buf[..n], offset)?;
         Ok(n)
     }
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> io::Result<usize> {
-        let n = self.blocking(Op::Write, offset, data.len(), flags)?;
+        let n = self.part(Op::Write, offset, data.len(), flags);
         self.0.mem.write_at(&data[..n], offset)?;
         Ok(n)
     }
     fn flush(&self) -> io::Result<()> {
-        self.blocking(Op::Flush, 0, 0, RequestFlags::default()).map(drop)
+        self.note(Op::Flush, 0, 0, RequestFlags::default());
+        Ok(())
     }
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.blocking(Op::Discard, offset, len as usize, RequestFlags::default())?;
+        self.note(Op::Discard, offset, len, RequestFlags::default());
         self.0.mem.zero(offset, len)
     }
     fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> io::Result<()> {
-        self.blocking(Op::WriteZeroes, offset, len as usize, flags)?;
+        self.note(Op::WriteZeroes, offset, len, flags);
         self.0.mem.zero(offset, len)
     }
 }
@@ -211,20 +170,21 @@ impl AsyncBackend for Faulty {
     fn capabilities(&self) -> Capabilities {
         self.0.capabilities
     }
-    async fn read(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.run(request, ring).await
+    async fn read(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        self.run(request)
     }
-    async fn write(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.run(request, ring).await
+    async fn write(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        self.run(request)
     }
-    async fn flush(&self, ring: &Ring) -> io::Result<()> {
-        self.before(Op::Flush, 0, 0, RequestFlags::default(), ring).await
+    async fn flush(&self, _: &Ring) -> io::Result<()> {
+        self.note(Op::Flush, 0, 0, RequestFlags::default());
+        Ok(())
     }
-    async fn discard(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.run(request, ring).await
+    async fn discard(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        self.run(request)
     }
-    async fn write_zeroes(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.run(request, ring).await
+    async fn write_zeroes(&self, request: &mut Request, _: &Ring) -> io::Result<()> {
+        self.run(request)
     }
 }
 

@@ -13,6 +13,7 @@ mod client;
 mod commands;
 mod counts;
 mod disks;
+mod faults;
 mod faulty;
 mod options;
 mod report;

@@ -9,9 +9,10 @@ use ublk_core::{Builder, Capabilities};
 
 /// A disk's keys and values:
 ///
-/// * `target=` `null`, `mem`, `file` (with `path=`, `direct=1`, `every_write=1`) or `test`
-///   ([`Faulty`](crate::faulty::Faulty), with `caps=WRITE,FLUSH`), or `zoned` (with `zone=` bytes, `conventional=`,
-///   `zone_capacity=`, `max_open=`, `max_active=`)
+/// * `target=` `null`, `mem`, `file` (with `path=`, `direct=1`, `every_write=1`), `stripe` (the same, with `path=A,B,C` and
+///   `chunk=` bytes), `fault` (`over=` one of these), `cache` (memory behind a
+///   write cache, with faults), `test` ([`Faulty`](crate::faulty::Faulty), with `caps=WRITE,FLUSH`),
+///   or `zoned` (with `zone=` bytes, `conventional=`, `zone_capacity=`, `max_open=`, `max_active=`)
 /// * `via=` `own` (the target's own builder), `backend`, `async` or `handler`: the library's trait
 /// * `count=`: how many such disks; `workers=`: of a pool that the disks of the process share
 /// * `contents=NAME`: disks of one name share what they hold, also one after the other
@@ -27,7 +28,9 @@ const KEYS: &[&str] = &[
     "workers",
     "contents",
     "hold_at",
+    "over",
     "path",
+    "chunk",
     "direct",
     "every_write",
     "caps",

@@ -1,10 +1,12 @@
-//! How a test backend misbehaves: rules that a test arms and heals while the disk is in use.
+//! How a test handler misbehaves: rules that a test arms and heals while the disk is in use.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::Value;
 use ublk_core::{Errno, Op};
+
+use crate::faults;
 
 /// What happens to a request that a rule applies to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +25,7 @@ pub(crate) enum Action {
     Stuck,
     /// It is answered later.
     Delay(Duration),
-    /// A part of it is transferred.
+    /// A part of it is transferred, by a blocking call.
     Short,
 }
 
@@ -60,15 +62,7 @@ impl Rules {
             Some("short") => Action::Short,
             other => return Err(format!("no action {other:?}")),
         };
-        let op = match command["op"].as_str() {
-            None => None,
-            Some("read") => Some(Op::Read),
-            Some("write") => Some(Op::Write),
-            Some("flush") => Some(Op::Flush),
-            Some("discard") => Some(Op::Discard),
-            Some("write_zeroes") => Some(Op::WriteZeroes),
-            Some(other) => return Err(format!("no operation {other}")),
-        };
+        let op = command["op"].as_str().map(faults::op).transpose()?;
         let (from, to) = (number("from", 0), number("to", u64::MAX));
         let (every, times) = (number("every", 1).max(1), number("times", u64::MAX));
         self.lock().push(Rule { op, from, to, every, times, seen: 0, action });

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +12,7 @@ use super::file_open::{FileOptions, SyncPolicy};
 use crate::backend::{AsyncBackend, Capabilities};
 use crate::device::Builder;
 use crate::error::{Errno, Result};
-use crate::request::Request;
+use crate::request::{Request, RequestFlags};
 use crate::worker::ring::{Ring, RingFile};
 
 /// A regular file or a block device as a disk.
@@ -83,10 +84,8 @@ impl File {
 
     /// A device of the file: its size, and the logical block size that it was opened with.
     pub fn builder(self) -> Builder {
-        let (size, block) = (self.size, self.block);
-        Builder::new_async(size, self)
-            .logical_block_size(block)
-            .physical_block_size(block.max(4096))
+        let served = self.clone();
+        self.describe(Builder::new_async(self.size, served))
     }
 
     /// The size in bytes, as it was when the file was opened.
@@ -94,14 +93,81 @@ impl File {
         self.size
     }
 
+    pub(super) fn node(&self) -> &RingFile {
+        &self.file
+    }
+
     /// Bytes of the disk's logical blocks.
     pub fn logical_block_size(&self) -> u32 {
         self.block
     }
 
-    async fn punch(&self, ring: &Ring, offset: u64, len: u64) -> io::Result<()> {
+    /// The size and the blocks, on a builder of whoever serves the file.
+    pub(super) fn describe(&self, builder: Builder) -> Builder {
+        builder.logical_block_size(self.block).physical_block_size(self.block.max(4096))
+    }
+
+    /// Moves the file's bytes from `at` on to `range` of a read's data.
+    pub(super) async fn read_part(
+        &self,
+        ring: &Ring,
+        request: &Request,
+        range: Range<usize>,
+        at: u64,
+    ) -> io::Result<()> {
+        let Range { start, end } = range;
+        let mut done = start;
+        while done < end {
+            let from = at + (done - start) as u64;
+            done += progress(ring.read_to_request(&self.file, from, request, done..end).await?)?;
+        }
+        Ok(())
+    }
+
+    /// Moves `range` of a write's data to the file's bytes from `at` on; durably, if the request says so.
+    pub(super) async fn write_part(
+        &self,
+        ring: &Ring,
+        request: &Request,
+        range: Range<usize>,
+        at: u64,
+    ) -> io::Result<()> {
+        let Range { start, end } = range;
+        let durable = request.flags().fua();
+        let mut done = start;
+        while done < end {
+            let to = at + (done - start) as u64;
+            let written = ring.write_from_request(&self.file, to, request, done..end, durable);
+            done += progress(written.await?)?;
+        }
+        Ok(())
+    }
+
+    /// Makes all completed writes durable.
+    pub(super) async fn sync(&self, ring: &Ring) -> io::Result<()> {
+        ring.fsync(&self.file, true).await
+    }
+
+    /// Makes a hole.
+    pub(super) async fn punch(&self, ring: &Ring, offset: u64, len: u64) -> io::Result<()> {
         const MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
         self.allocate(ring, &self.abilities.no_punch, MODE, offset, len).await
+    }
+
+    /// Makes a range read as zeroes, as durably and as allocated as the flags of the request want it.
+    pub(super) async fn zero_part(
+        &self,
+        ring: &Ring,
+        flags: RequestFlags,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        self.zero(ring, flags, offset, len).await?;
+        // O_DSYNC covers writes, not fallocate: without a cache to flush, zeroes count as durable now.
+        if flags.fua() || !self.syncs_on_flush() {
+            self.sync(ring).await?;
+        }
+        Ok(())
     }
 
     /// `fallocate(2)`; `EOPNOTSUPP` if the file system cannot do that, and is remembered not to.
@@ -122,10 +188,15 @@ impl File {
         Err(Errno::EOPNOTSUPP.into())
     }
 
-    async fn zero(&self, ring: &Ring, request: &Request) -> io::Result<()> {
+    async fn zero(
+        &self,
+        ring: &Ring,
+        flags: RequestFlags,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
         const MODE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
-        let (offset, len) = (request.offset(), request.len());
-        if !request.flags().no_unmap() {
+        if !flags.no_unmap() {
             match self.punch(ring, offset, len).await {
                 Err(e) if lacks(&e) => {}
                 done => return done,
@@ -172,30 +243,15 @@ impl AsyncBackend for File {
     }
 
     async fn read(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        let (offset, len) = (request.offset(), request.len() as usize);
-        let mut done = 0;
-        while done < len {
-            let at = offset + done as u64;
-            let n = ring.read_to_request(&self.file, at, request, done..len).await?;
-            done += progress(n)?;
-        }
-        Ok(())
+        self.read_part(ring, request, 0..request.len() as usize, request.offset()).await
     }
 
     async fn write(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        let (offset, len) = (request.offset(), request.len() as usize);
-        let durable = request.flags().fua();
-        let mut done = 0;
-        while done < len {
-            let at = offset + done as u64;
-            let written = ring.write_from_request(&self.file, at, request, done..len, durable);
-            done += progress(written.await?)?;
-        }
-        Ok(())
+        self.write_part(ring, request, 0..request.len() as usize, request.offset()).await
     }
 
     async fn flush(&self, ring: &Ring) -> io::Result<()> {
-        ring.fsync(&self.file, true).await
+        self.sync(ring).await
     }
 
     async fn discard(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
@@ -203,12 +259,7 @@ impl AsyncBackend for File {
     }
 
     async fn write_zeroes(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.zero(ring, request).await?;
-        // O_DSYNC covers writes, not fallocate: without a cache to flush, zeroes count as durable now.
-        if request.flags().fua() || !self.syncs_on_flush() {
-            ring.fsync(&self.file, true).await?;
-        }
-        Ok(())
+        self.zero_part(ring, request.flags(), request.offset(), request.len()).await
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::file::File;
 use super::file_align;
@@ -86,9 +86,14 @@ impl FileOptions {
     /// What `open(2)` says, with the path, the errno and what to do; [`ErrorKind::Unsupported`] if the file
     /// system has no direct I/O; [`ErrorKind::InvalidParameter`] if the size or the block size does not fit.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<File> {
-        let path = path.as_ref();
+        let mut made = Vec::new();
+        self.open_noting(path.as_ref(), &mut made)
+    }
+
+    /// As [`open`](Self::open); a file that was created is added to `made`, also if it turns out not to fit.
+    pub(super) fn open_noting(&self, path: &Path, made: &mut Vec<PathBuf>) -> Result<File> {
         let failed = |e: io::Error| failure(path, e);
-        let (file, is_block) = self.open_node(path).map_err(failed)?;
+        let (file, is_block) = self.open_node(path, made).map_err(failed)?;
         let size = (&file).seek(SeekFrom::End(0)).map_err(failed)?;
         let needed = self.alignment(&file, is_block, path)?;
         let block = self.logical_block_size.unwrap_or(needed);
@@ -117,7 +122,7 @@ impl FileOptions {
         self.sync
     }
 
-    fn open_node(&self, path: &Path) -> io::Result<(fs::File, bool)> {
+    fn open_node(&self, path: &Path, made: &mut Vec<PathBuf>) -> io::Result<(fs::File, bool)> {
         let mut flags = 0;
         if self.direct {
             flags |= libc::O_DIRECT;
@@ -147,12 +152,13 @@ impl FileOptions {
         };
         let new = options.write(true).create_new(true).open(path)?;
         // Durable, as the disk's size will be taken for granted.
-        let made = new.set_len(size).and_then(|()| new.sync_all());
-        if let Err(e) = made {
+        let sized = new.set_len(size).and_then(|()| new.sync_all());
+        if let Err(e) = sized {
             // It is ours and useless; that the disk is full is what matters.
             let _ = fs::remove_file(path);
             return Err(e);
         }
+        made.push(path.to_owned());
         Ok((new, false))
     }
 
@@ -218,7 +224,6 @@ fn failure(path: &Path, e: io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::error::Errno;
-    use std::path::PathBuf;
 
     /// A file name of this test alone, removed at the end.
     struct Scratch(PathBuf);

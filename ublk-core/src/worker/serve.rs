@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::ThreadId;
 
 use super::turn::panic_text;
-use crate::backend::{AsyncBackend, Backend, QueueContext, QueueHandler};
+use crate::backend::{AsyncBackend, Backend, QueueContext, QueueHandler, Unanswered};
 use crate::error::{Errno, Result};
 use crate::request::{Op, Request};
 use crate::sys::thread;
@@ -47,25 +47,39 @@ fn answer<B: Backend>(backend: &B, mut request: Request) {
             None => Err(Errno::EOPNOTSUPP.into()),
         },
     };
+    answer_with(request, result);
+}
+
+fn answer_with(request: Request, result: io::Result<()>) {
     // Gone: the client was answered by a stop in the meantime.
-    let _ = request.complete(result);
+    let _ = match result {
+        Err(e) if e.get_ref().is_some_and(|inner| inner.is::<Unanswered>()) => {
+            drop(request);
+            Ok(())
+        }
+        result => request.complete(result),
+    };
 }
 
 fn answer_append(request: Request, written: io::Result<u64>) {
     let _ = match written {
         Ok(offset) => request.complete_append(offset),
-        Err(e) => request.complete(Err(e)),
+        Err(e) => return answer_with(request, Err(e)),
     };
 }
 
 fn answer_report(request: Request, zones: io::Result<Vec<Zone>>) {
     let _ = match zones {
         Ok(zones) => request.complete_report(&zones),
-        Err(e) => request.complete(Err(e)),
+        Err(e) => return answer_with(request, Err(e)),
     };
 }
 
-fn read_all<B: Backend>(backend: &B, mut buf: &mut [u8], mut offset: u64) -> io::Result<()> {
+pub(crate) fn read_all<B: Backend>(
+    backend: &B,
+    mut buf: &mut [u8],
+    mut offset: u64,
+) -> io::Result<()> {
     while !buf.is_empty() {
         let n = advance(backend.read(buf, offset)?, buf.len())?;
         buf = &mut buf[n..];
@@ -74,7 +88,7 @@ fn read_all<B: Backend>(backend: &B, mut buf: &mut [u8], mut offset: u64) -> io:
     Ok(())
 }
 
-fn write_all(
+pub(crate) fn write_all(
     mut data: &[u8],
     mut write: impl FnMut(&[u8], u64) -> io::Result<usize>,
 ) -> io::Result<()> {
@@ -264,8 +278,7 @@ impl<B: AsyncBackend> QueueHandler for Async<B> {
                     None => Err(Errno::EOPNOTSUPP.into()),
                 },
             };
-            // Gone: the client was answered by a stop in the meantime.
-            let _ = request.complete(result);
+            answer_with(request, result);
         });
     }
 }
