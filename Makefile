@@ -50,10 +50,11 @@ test: ## Everything: lint, host tests, tests on real kernels
 	@$(MAKE) --no-print-directory host-test
 	@$(MAKE) --no-print-directory vm-test
 
-test-full: ## Everything, every combination, and the soaks
+test-full: ## Everything, every combination, and the soaks; makes the README's table
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory host-test
 	@$(MAKE) --no-print-directory vm-test PYTEST_ARGS="--full $(PYTEST_ARGS)"
+	@$(VENV_PYTHON) -m ublk_rig.support
 
 bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk
 	@$(VENV_PYTHON) -m ublk_rig.bench
