@@ -143,7 +143,7 @@ def test_another_signature_is_another_abi(tmp_path: Path, debuggable: Path) -> N
     small = re.search(r'name="u32" size-in-bits="32" id="(\w+)"', text)
     assert small
     planted = tmp_path / "planted.abi"
-    parameter = r'(name="ublk_rs_device_stop" (?:.*\n)*?.*type-id=)"\w+"( name="timeout_ms")'
+    parameter = r'(<function-decl name="ublk_rs_device_stop" (?:.*\n)*?.*type-id=)"\w+"( name="timeout_ms")'
     changed, count = re.subn(parameter, rf'\1"{small[1]}"\2', text, count=1)
     assert count == 1
     planted.write_text(text)

@@ -147,7 +147,8 @@ def sanitized_program(source: Path) -> Path:
     out = target_dir() / "capi/programs" / f"{source.stem}-all-sanitized"
     out.parent.mkdir(parents=True, exist_ok=True)
     rest = [f for f in pkg_config("--cflags", "--libs", "--static") if f != "-lublk_rs"]
-    argv = ["clang", "-std=c11", "-O1", "-g", "-fsanitize=address", source, archive, "-pthread", *rest, "-o", out]
+    # gcc brings the runtime; the compilers agree on what it is asked.
+    argv = ["gcc", "-std=c11", "-O1", "-g", "-fsanitize=address", source, archive, "-pthread", *rest, "-o", out]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotBuild(done.stderr)

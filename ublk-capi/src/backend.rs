@@ -191,7 +191,12 @@ pub struct ublk_rs_backend {
     pub size: usize,
     /// Fills buf, which arrives zeroed, from byte offset of the disk. Needed, unless there is submit.
     pub read: Option<
-        unsafe extern "C" fn(user: *mut c_void, buf: *mut c_void, length: usize, offset: u64) -> c_int,
+        unsafe extern "C" fn(
+            user: *mut c_void,
+            buf: *mut c_void,
+            length: usize,
+            offset: u64,
+        ) -> c_int,
     >,
     /// Stores data at byte offset. With UBLK_RS_FLAG_FUA it is durable before this returns.
     pub write: Option<
@@ -206,8 +211,7 @@ pub struct ublk_rs_backend {
     /// Makes every write that has returned before durable.
     pub flush: Option<unsafe extern "C" fn(user: *mut c_void) -> c_int>,
     /// Forgets a range. What it reads as afterwards is the program's choice.
-    pub discard:
-        Option<unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64) -> c_int>,
+    pub discard: Option<unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64) -> c_int>,
     /// Makes a range read as zeroes. With UBLK_RS_FLAG_NO_UNMAP its space stays allocated.
     pub write_zeroes: Option<
         unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64, flags: u32) -> c_int,
@@ -286,7 +290,10 @@ pub(crate) fn outcome(code: c_int) -> Result<(), Errno> {
     match code {
         0 => Ok(()),
         _ => Err(Errno::from_result(code).unwrap_or_else(|| {
-            tracing::warn!(code, "a callback returned what is neither 0 nor -errno: the client gets EIO");
+            tracing::warn!(
+                code,
+                "a callback returned what is neither 0 nor -errno: the client gets EIO"
+            );
             Errno::EIO
         })),
     }
@@ -401,9 +408,7 @@ impl Callbacks {
         let mut count = 0;
         let _inside = Inside::of_callback();
         // SAFETY: the table's contract; there are `capacity` zones.
-        outcome(unsafe {
-            report(self.user, offset, zones.as_mut_ptr(), capacity, &mut count)
-        })?;
+        outcome(unsafe { report(self.user, offset, zones.as_mut_ptr(), capacity, &mut count) })?;
         zones.truncate(count as usize);
         zones.into_iter().map(|zone| zone.to_core().ok_or(Errno::EIO)).collect()
     }
@@ -458,11 +463,8 @@ impl ublk_rs_backend {
     };
 
     fn check(&self, attempt: &'static str) -> Result<()> {
-        let zones = [
-            self.report_zones.is_some(),
-            self.zone_append.is_some(),
-            self.zone_action.is_some(),
-        ];
+        let zones =
+            [self.report_zones.is_some(), self.zone_append.is_some(), self.zone_action.is_some()];
         let others = self.read.is_some()
             || self.write.is_some()
             || self.flush.is_some()

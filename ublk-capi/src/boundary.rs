@@ -39,7 +39,9 @@ pub(crate) fn is_inside() -> bool {
 pub(crate) fn may_wait(attempt: &'static str) -> Result<()> {
     match is_inside() {
         true => Err(Error::new(ErrorKind::WouldDeadlock, attempt)
-            .because("it waits for requests to be answered, and was called from inside of a callback")
+            .because(
+                "it waits for requests to be answered, and was called from inside of a callback",
+            )
             .remedy_is("call it from a thread of the program's own")),
         false => Ok(()),
     }

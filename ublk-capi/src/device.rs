@@ -151,7 +151,10 @@ impl Device {
         let mut state = self.lock();
         match state.phase {
             Phase::Described(_) => change(&mut state.config),
-            _ => Err(wrong_state(attempt, "options are set before the device starts, or while it is halted")),
+            _ => Err(wrong_state(
+                attempt,
+                "options are set before the device starts, or while it is halted",
+            )),
         }
     }
 
@@ -184,7 +187,8 @@ impl Device {
             }
             Source::Ready(target) => target.builder(config)?,
             Source::Program(callbacks) => {
-                let size = config.number(Id::Size).ok_or_else(|| invalid(attempt, "no size was set"))?;
+                let size =
+                    config.number(Id::Size).ok_or_else(|| invalid(attempt, "no size was set"))?;
                 let mut caps = match callbacks.submits() {
                     true => config.capabilities(),
                     false => callbacks.capabilities(),
@@ -193,7 +197,10 @@ impl Device {
                     caps = caps | Capabilities::FUA;
                 }
                 if config.number(Id::MetadataSize).is_some() && !callbacks.submits() {
-                    return Err(invalid(attempt, "integrity metadata is for a backend with submit"));
+                    return Err(invalid(
+                        attempt,
+                        "integrity metadata is for a backend with submit",
+                    ));
                 }
                 if callbacks.has_zones() && config.number(Id::ZoneBytes).is_none() {
                     return Err(invalid(attempt, "a backend with zones needs zone_bytes"));
@@ -278,7 +285,10 @@ impl Device {
     pub(crate) fn recover(self: &Arc<Self>, id: u32) -> Result<()> {
         self.bring_up("recover the device", |this, config, added| {
             if added.is_some() {
-                return Err(wrong_state("recover the device", "it was halted, and is started again"));
+                return Err(wrong_state(
+                    "recover the device",
+                    "it was halted, and is started again",
+                ));
             }
             let control = Control::open()?;
             // Queues and depth are the kernel's.

@@ -239,8 +239,7 @@ pub unsafe extern "C" fn ublk_rs_device_set_workers(
     const ATTEMPT: &str = "set the device's workers";
     entry(error, || {
         // SAFETY: the program's promise about its handles.
-        let (device, pool) =
-            unsafe { (Device::of(device, ATTEMPT)?, workers::pool(workers)) };
+        let (device, pool) = unsafe { (Device::of(device, ATTEMPT)?, workers::pool(workers)) };
         device.configure(ATTEMPT, |config| {
             config.workers = pool.cloned();
             Ok(())

@@ -139,7 +139,8 @@ fn number(text: &str) -> Option<u64> {
 }
 
 fn parse(spec: &Spec, text: &str) -> Result<Value> {
-    let wrong = |what: &str| invalid(ATTEMPT, format!("{}: {text:?} is not {what}", show(spec.name)));
+    let wrong =
+        |what: &str| invalid(ATTEMPT, format!("{}: {text:?} is not {what}", show(spec.name)));
     match spec.kind {
         NUMBER => number(text).map(Value::Number).ok_or_else(|| wrong("a number")),
         BOOL => match text {
@@ -355,7 +356,10 @@ impl Config {
             ManyUnprivileged => allow_many_unprivileged;
         }
         let features = |id| Features::from_bits(self.number(id).unwrap_or(0));
-        b = b.require(features(Id::Require)).prefer(features(Id::Prefer)).forbid(features(Id::Forbid));
+        b = b
+            .require(features(Id::Require))
+            .prefer(features(Id::Prefer))
+            .forbid(features(Id::Forbid));
         if let Some(ms) = self.number(Id::StartTimeout) {
             b = b.start_timeout(Duration::from_millis(ms));
         }
@@ -460,9 +464,13 @@ mod tests {
         config.set_text("require", "USER_COPY,QUIESCE").unwrap();
         let features = Features::USER_COPY | Features::QUIESCE;
         assert_eq!(config.number(Id::Require), Some(features.bits()));
-        for (name, text) in
-            [("size", "much"), ("size", "99999999999T"), ("pin", "2"), ("require", "LUCK"), ("a", "b")]
-        {
+        for (name, text) in [
+            ("size", "much"),
+            ("size", "99999999999T"),
+            ("pin", "2"),
+            ("require", "LUCK"),
+            ("a", "b"),
+        ] {
             let e = config.set_text(name, text).unwrap_err();
             assert_eq!(e.kind(), ublk_core::ErrorKind::InvalidParameter, "{name} {text}: {e}");
         }

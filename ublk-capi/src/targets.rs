@@ -22,8 +22,16 @@ pub(crate) enum Target {
 const TARGETS: &[(Target, &CStr, &CStr)] = &[
     (Target::Null, c"null", c"answers every request at once and keeps nothing: for measuring"),
     (Target::Mem, c"mem", c"keeps what was written in memory"),
-    (Target::File, c"file", c"a regular file or another block device: path, create, direct, sync_writes"),
-    (Target::ZonedMem, c"zoned-mem", c"a zoned disk in memory: zone_bytes and the other options of zones"),
+    (
+        Target::File,
+        c"file",
+        c"a regular file or another block device: path, create, direct, sync_writes",
+    ),
+    (
+        Target::ZonedMem,
+        c"zoned-mem",
+        c"a zoned disk in memory: zone_bytes and the other options of zones",
+    ),
 ];
 
 impl Target {

@@ -27,8 +27,19 @@ fn generated() -> String {
     let mut builder = cbindgen::Builder::new().with_config(config);
     // The order of the header's parts.
     for part in [
-        "version", "error", "log", "features", "backend", "device", "options", "targets", "workers",
-        "lifecycle", "request", "stats", "control",
+        "version",
+        "error",
+        "log",
+        "features",
+        "backend",
+        "device",
+        "options",
+        "targets",
+        "workers",
+        "lifecycle",
+        "request",
+        "stats",
+        "control",
     ] {
         builder = builder.with_src(Path::new(AT).join(format!("src/{part}.rs")));
     }
