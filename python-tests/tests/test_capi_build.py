@@ -1,4 +1,4 @@
-"""The C library from outside, without a kernel: header, symbols, ABI, what is installed, and that programs compile."""
+"""The C library without a kernel: header, symbols, ABI, what is installed, and that programs compile."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The C library's ABI as libabigail describes it, without what no C program can see.
 
-`python -m ublk_rig.abi LIBRARY` prints what is committed as `ublk-capi/libublk_rs.abi`; the library has to be built with
-all debug information. abidw describes every type that Rust has made on the way: kept is what the exported functions reach.
+`python -m ublk_rig.abi LIBRARY` prints what is committed as `ublk-capi/libublk_rs.abi`; the library has to be built
+with all debug information. abidw describes every type that Rust has made on the way: kept is what the exported
+functions reach.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from pathlib import Path
 
 # Where something was built says nothing about its ABI.
 _NOISE = ("path", "comp-dir-path", "language", "filepath", "line", "column", "mangled-name")
-_OPTIONS = ("--no-show-locs", "--no-corpus-path", "--no-comp-dir-path", "--drop-undefined-syms", "--no-elf-needed")
-_OPTIONS += ("--type-id-style", "hash")
+_OPTIONS = (
+    *("--no-show-locs", "--no-corpus-path", "--no-comp-dir-path", "--drop-undefined-syms", "--no-elf-needed"),
+    *("--type-id-style", "hash"),
+)
 
 
 def _reached(root: ET.Element) -> set[str]:

@@ -76,7 +76,9 @@ def pkg_config(*argv: str, where: Path | None = None) -> list[str]:
 def _flags(source: Path, flavour: Flavour) -> list[str]:
     lib = str(prefix() / "lib")
     if flavour.static:
-        found = [lib + "/libublk_rs.a" if f == "-lublk_rs" else f for f in pkg_config("--cflags", "--libs", "--static")]
+        found = [
+            lib + "/libublk_rs.a" if f == "-lublk_rs" else f for f in pkg_config("--cflags", "--libs", "--static")
+        ]
     else:
         found = [*pkg_config("--cflags", "--libs"), f"-Wl,-rpath,{lib}"]
     standard = "-std=c++17" if source.suffix == ".cpp" else "-std=c11"
@@ -84,7 +86,7 @@ def _flags(source: Path, flavour: Flavour) -> list[str]:
 
 
 @functools.cache
-def program(source: Path, flavour: Flavour = Flavour()) -> Path:  # noqa: B008 - it is frozen
+def program(source: Path, flavour: Flavour = Flavour()) -> Path:
     """Compile a program against the installed library."""
     compiler = flavour.compiler.replace("gcc", "g++").replace("clang", "clang++")
     compiler = compiler if source.suffix == ".cpp" else flavour.compiler
@@ -148,7 +150,19 @@ def sanitized_program(source: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     rest = [f for f in pkg_config("--cflags", "--libs", "--static") if f != "-lublk_rs"]
     # gcc brings the runtime; the compilers agree on what it is asked.
-    argv = ["gcc", "-std=c11", "-O1", "-g", "-fsanitize=address", source, archive, "-pthread", *rest, "-o", out]
+    argv: list[str | Path] = [
+        "gcc",
+        "-std=c11",
+        "-O1",
+        "-g",
+        "-fsanitize=address",
+        source,
+        archive,
+        "-pthread",
+        *rest,
+        "-o",
+        out,
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotBuild(done.stderr)

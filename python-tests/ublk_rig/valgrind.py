@@ -1,7 +1,7 @@
 """A valgrind that knows io_uring's waits: Debian 12's own, 3.19, stands still in them.
 
-Debian's next release has one. It is fetched as the kernels are (the machine's own mirror, signatures checked), kept in the
-same cache, and run from there: what it is made of needs nothing but an old libc.
+Debian's next release has one. It is fetched as the kernels are (the machine's own mirror, signatures checked), kept
+in the same cache, and run from there: it needs nothing but an old libc.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ use UBLK_RS_TYPE_TEXT as TEXT;
 
 options! {
     Size = c"size", NUMBER, c"", c"bytes of the disk, a multiple of the logical block size";
-    DeviceId = c"id", NUMBER, c"", c"the device's number, below 2^20; by default the lowest that is free";
+    Number = c"id", NUMBER, c"", c"the device's number, below 2^20; by default the lowest that is free";
     Queues = c"queues", NUMBER, c"1", c"hardware queues, 1 to 4096; the driver clamps them to the number of CPUs";
     QueueDepth = c"queue_depth", NUMBER, c"128", c"tags of each queue, 1 to 4096: requests that can be in progress";
     MaxIoBytes = c"max_io_bytes", NUMBER, c"512K", c"bytes of the largest request, a multiple of the page size up to 32M";
@@ -325,7 +325,7 @@ impl Config {
             };
         }
         say! {
-            DeviceId => id;
+            Number => id;
             Queues => queues;
             QueueDepth => queue_depth;
             MaxIoBytes => max_io_bytes;

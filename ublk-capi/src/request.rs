@@ -84,7 +84,7 @@ pub unsafe extern "C" fn ublk_rs_request_complete(
 ) -> c_int {
     // SAFETY: the program's promise about its handle.
     let code = unsafe { end(device, request, |request| request.complete(outcome(result))) };
-    if code == 0 && (result > 0 || result < -4095) { -libc::EINVAL } else { code }
+    if code == 0 && !(-4095..=0).contains(&result) { -libc::EINVAL } else { code }
 }
 
 /// Answers an append to a zone: all of it was written at byte offset of the disk. Otherwise as

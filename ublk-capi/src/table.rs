@@ -115,6 +115,9 @@ impl<T> Drop for Entry<T> {
     }
 }
 
+/// A queue's, by tag.
+type Entries<T> = Box<[Entry<T>]>;
+
 struct Spares<T> {
     next: u64,
     values: HashMap<u64, T>,
@@ -122,7 +125,7 @@ struct Spares<T> {
 
 /// See the module's text.
 pub(crate) struct Table<T> {
-    queues: Box<[OnceLock<Box<[Entry<T>]>>]>,
+    queues: Box<[OnceLock<Entries<T>>]>,
     spares: Mutex<Spares<T>>,
 }
 
