@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -58,11 +60,34 @@ def make(*argv: str, env: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+def _built() -> str:
+    """What there is to install, in short."""
+    out = target_dir() / "capi/release"
+    files = [
+        *sorted((layout.TREE / "include").iterdir()),
+        *sorted(out.glob("libublk_rs.*")),
+        *sorted(out.glob("man/*")),
+    ]
+    digest = hashlib.sha256((out / "ublk-rs.pc").read_bytes())
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 @functools.cache
 def prefix() -> Path:
-    """Build the library and install it, once a session."""
+    """Build the library and install it, once a session, and only if it is another: guests may be looking at it."""
     where = target_dir() / "capi/prefix"
-    make("install", f"PREFIX={where}")
+    where.mkdir(parents=True, exist_ok=True)
+    with (where.parent / "prefix.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make("all", f"PREFIX={where}")
+        stamp, built = where / "installed", _built()
+        if not stamp.exists() or stamp.read_text() != built:
+            stamp.unlink(missing_ok=True)
+            make("install", f"PREFIX={where}")
+            stamp.write_text(built)
     return where
 
 
