@@ -19,7 +19,7 @@
  * option "dispatch" is set. A function whose description says that it waits returns -EDEADLK from inside of a callback,
  * because it would wait for itself. Everything else may be called there.
  *
- * Fork. A child holds nothing: what it does with a handle of its parent's fails with -ECHILD, and _free lets go of memory.
+ * Fork. A child holds nothing: what it does with a handle of its parent's fails with -ECHILD, and _free does nothing.
  *
  * Errors. Functions that return an int return 0 (or a count) or a negative errno; what the number stands for is at
  * UBLK_RS_KIND_*. Those with an error parameter also say it in words: what was tried, on which device, why it failed, what
@@ -1039,7 +1039,7 @@ int ublk_rs_device_new_target(const char *target, ublk_rs_device **device, ublk_
  * deleted. Then backend->destroy is called. NULL is nothing.
  *
  * No other function may be at work on the device, and none may come. Buffers of requests that were never completed end
- * with it. In a forked child only the handle's memory is let go.
+ * with it. In a forked child nothing happens, and destroy is not called.
  *
  * Waits: for requests in progress, ten seconds or so at most. Not from a callback.
  *
@@ -1286,7 +1286,7 @@ int ublk_rs_device_fd(const ublk_rs_device *device);
  * @param device  the device
  * @param most    how many requests at most; 0 for all that are there
  * @return how many it were; -ENODEV once the device has ended and nothing will come any more, -EINVAL for NULL, -EBADFD
- *         without the option or before the start, -EDEADLK from inside of a callback
+ *         without the option or before the start, -EDEADLK from inside of a callback, -ECHILD
  */
 int ublk_rs_device_dispatch(ublk_rs_device *device,
                             uint32_t most);

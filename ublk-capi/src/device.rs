@@ -10,6 +10,7 @@ use ublk_core::{Added, Builder, Capabilities, Error, ErrorKind, Request, Result,
 
 use crate::backend::Callbacks;
 use crate::boundary::{self, invalid};
+use crate::fork;
 use crate::inbox::Inbox;
 use crate::options::{Config, Id};
 use crate::serve::{self, Submitter};
@@ -58,7 +59,7 @@ pub(crate) struct Device {
     inbox: OnceLock<Arc<Inbox>>,
     /// `/dev/ublkbN`: strings that were given out live as long as this.
     path: OnceLock<CString>,
-    pid: u32,
+    generation: u32,
     /// For what has to keep it.
     this: Weak<Device>,
 }
@@ -93,7 +94,7 @@ impl Device {
             table: Arc::new(Table::new(possible_cpus())),
             inbox: OnceLock::new(),
             path: OnceLock::new(),
-            pid: std::process::id(),
+            generation: fork::generation(),
             this: Weak::clone(this),
         })
     }
@@ -133,9 +134,14 @@ impl Device {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// In a forked child nothing is left to be done with it.
+    /// Whether this is the process that made it. In a forked child nothing is left to be done with it.
+    #[inline]
+    pub(crate) fn is_ours(&self) -> bool {
+        self.generation == fork::current()
+    }
+
     fn check_process(&self, attempt: &'static str) -> Result<()> {
-        match self.pid == std::process::id() {
+        match self.is_ours() {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::Forked, attempt)
                 .because("the device belongs to the process that this one was forked from")),
@@ -441,11 +447,6 @@ impl Device {
     /// Lets go of everything but the memory.
     pub(crate) fn close(&self) {
         let phase = std::mem::replace(&mut self.lock().phase, Phase::Over);
-        if self.pid != std::process::id() {
-            // What it has is the parent's; the core knows that, too.
-            std::mem::forget(phase);
-            return;
-        }
         self.dispatching(|| drop(phase));
         if let Some(inbox) = self.inbox.get() {
             inbox.clear();

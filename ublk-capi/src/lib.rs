@@ -17,6 +17,7 @@ mod control;
 mod device;
 mod error;
 mod features;
+mod fork;
 mod inbox;
 mod lifecycle;
 mod log;

@@ -107,7 +107,7 @@ pub unsafe extern "C" fn ublk_rs_device_new_target(
 /// deleted. Then backend->destroy is called. NULL is nothing.
 ///
 /// No other function may be at work on the device, and none may come. Buffers of requests that were never completed end
-/// with it. In a forked child only the handle's memory is let go.
+/// with it. In a forked child nothing happens, and destroy is not called.
 ///
 /// Waits: for requests in progress, ten seconds or so at most. Not from a callback.
 ///
@@ -120,7 +120,11 @@ pub unsafe extern "C" fn ublk_rs_device_free(device: *mut ublk_rs_device) -> c_i
         if !device.is_null() {
             // SAFETY: a handle that `hand_out` made, given up by this call.
             let device = unsafe { Arc::from_raw(device.cast_const().cast::<Device>()) };
-            device.close();
+            match device.is_ours() {
+                true => device.close(),
+                // All that it has is the parent's, the threads that use it among it.
+                false => std::mem::forget(device),
+            }
         }
         Ok(())
     })
@@ -522,7 +526,7 @@ pub unsafe extern "C" fn ublk_rs_device_fd(device: *const ublk_rs_device) -> c_i
 /// @param device  the device
 /// @param most    how many requests at most; 0 for all that are there
 /// @return how many it were; -ENODEV once the device has ended and nothing will come any more, -EINVAL for NULL, -EBADFD
-///         without the option or before the start, -EDEADLK from inside of a callback
+///         without the option or before the start, -EDEADLK from inside of a callback, -ECHILD
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ublk_rs_device_dispatch(device: *mut ublk_rs_device, most: u32) -> c_int {
     answer(-libc::ENOTRECOVERABLE, || {
@@ -533,6 +537,9 @@ pub unsafe extern "C" fn ublk_rs_device_dispatch(device: *mut ublk_rs_device, mo
         let Ok(device) = (unsafe { Device::of(device, "dispatch requests") }) else {
             return -libc::EINVAL;
         };
+        if !device.is_ours() {
+            return -libc::ECHILD;
+        }
         let Some(inbox) = device.inbox() else { return -libc::EBADFD };
         inbox.adopt();
         let most = if most == 0 { c_int::MAX.cast_unsigned() } else { most };

@@ -31,6 +31,9 @@ unsafe fn with(
         let Ok(device) = (unsafe { Device::of(device, "look at a request") }) else {
             return -libc::EINVAL;
         };
+        if !device.is_ours() {
+            return -libc::ECHILD;
+        }
         match device.table().with(request, look) {
             Ok(Ok(())) => 0,
             Ok(Err(code)) => code,
@@ -55,6 +58,9 @@ unsafe fn end(
         let Ok(device) = (unsafe { Device::of(device, "complete a request") }) else {
             return -libc::EINVAL;
         };
+        if !device.is_ours() {
+            return -libc::ECHILD;
+        }
         match device.table().take(request) {
             Ok(request) => end(request).map_or(-libc::ESTALE, |()| 0),
             Err(refusal) => refused(refusal),

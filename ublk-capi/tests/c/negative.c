@@ -570,7 +570,11 @@ static void two_devices(void) {
 
 static void forked(void) {
     ublk_rs_error *error = ublk_rs_error_new();
-    ublk_rs_device *device = started(&CALLS), *later = made(&CALLS);
+    struct client client;
+    it.keep = 1;
+    ublk_rs_device *device = started(&SUBMIT), *later = made(&CALLS);
+    client_start(&client, ublk_rs_device_path(device), 0, 8 << 20);
+    uint64_t request = await_held(1);
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
@@ -582,16 +586,20 @@ static void forked(void) {
         EQUAL(ublk_rs_device_hand_over(device, 0, error), -ECHILD);
         EQUAL(ublk_rs_device_resize(device, 2 * SIZE, error), -ECHILD);
         EQUAL(ublk_rs_device_start(later, error), -ECHILD);
+        EQUAL(ublk_rs_request_complete(device, request, 0), -ECHILD);
+        EQUAL(ublk_rs_device_dispatch(device, 0), -ECHILD);
         EQUAL(ublk_rs_device_free(device), 0);
         EQUAL(ublk_rs_device_free(later), 0);
+        EQUAL(it.destroyed, 0);
         _exit(0);
     }
     int status = 0;
     CHECK(waitpid(child, &status, 0) == child);
     EQUAL(status, 0);
-    unsigned char first = 0;
-    EQUAL(disk_io(ublk_rs_device_path(device), 0, 0, 0, &first), 0);
-    EQUAL(first, 0x77);
+    EQUAL(ublk_rs_request_put(device, request, 0, "parent", 7), 0);
+    EQUAL(ublk_rs_request_complete(device, request, 0), 0);
+    EQUAL(client_end(&client), 0);
+    EQUAL(client.first, 'p');
     freed(later);
     WORKS(ublk_rs_device_stop(device, (uint64_t)(20000 * scale()), error));
     freed(device);
