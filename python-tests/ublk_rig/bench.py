@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from ublk_rig import layout, served, session
+from ublk_rig import capi, layout, served, session
 from ublk_vm import kernels
 from ublk_vm.channel import MachineDied
 from ublk_vm.guest import CommandFailed, CommandTimeout, Guest
@@ -22,7 +22,7 @@ from ublk_vm.process import NothingInTime, ProcessEnded
 from ublk_vm.vm import Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
 DISK_BYTES = 256 << 20
@@ -129,11 +129,27 @@ def our_file(*options: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
     return up
 
 
+def in_c(style: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
+    """A disk that keeps nothing, served through the C library."""
+
+    @contextmanager
+    def up(guest: Guest) -> Iterator[Disk]:
+        program = capi.program(capi.TESTS / "null.c")
+        guest.run("modprobe ublk_drv")
+        argv = [str(program), style, f"size={DISK_BYTES}", f"queues={QUEUES}", f"queue_depth={DEPTH}"]
+        with served.serving(guest, argv) as (server, path):
+            yield Disk(path, server.pid)
+
+    return up
+
+
 # A page or chunk that was never written is read without being copied: what keeps data is filled first.
 CONTESTANTS = (
     Contestant("null_blk", null_blk),
     Contestant("ublk null", ours("null")),
     Contestant("ublk null, batch", ours("null", "batch=1"), newest=True),
+    Contestant("ublk null in C", in_c("calls")),
+    Contestant("ublk null in C, submit", in_c("submit")),
     Contestant("brd", brd, fill=True),
     Contestant("loop on tmpfs", loop, fill=True),
     Contestant("ublk mem", ours("mem"), fill=True),
@@ -144,6 +160,8 @@ CONTESTANTS = (
 RATIOS = (
     ("ublk null", "null_blk"),
     ("ublk null, batch", "ublk null"),
+    ("ublk null in C", "ublk null"),
+    ("ublk null in C, submit", "ublk null"),
     ("ublk mem", "brd"),
     ("ublk mem", "loop on tmpfs"),
     ("ublk mem, user copy", "ublk mem"),
@@ -218,11 +236,17 @@ def _up(guest: Guest, contestant: Contestant, stack: ExitStack) -> tuple[Disk, M
     return disk, measured
 
 
-def measure(guest: Guest, rounds: int, secs: float, say: Callable[[str], None]) -> list[Measured]:
-    """All contestants side by side."""
+def measure(
+    guest: Guest,
+    rounds: int,
+    secs: float,
+    say: Callable[[str], None],
+    contestants: Sequence[Contestant] = CONTESTANTS,
+) -> list[Measured]:
+    """The contestants side by side."""
     with ExitStack() as stack:
         found = []
-        for contestant in CONTESTANTS:
+        for contestant in contestants:
             if contestant.newest and not guest.release.startswith(kernels.SERIES[-1]):
                 say(f"without {contestant.name}: Linux {guest.release} is too old")
                 continue
@@ -309,6 +333,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=2.0, help="per contestant, workload and round")
     parser.add_argument("--kernel", default=kernels.SERIES[-1])
+    parser.add_argument("--only", default="", help="contestants whose name begins with this")
     parser.add_argument("--icount", action="store_true", help="count instructions: the same figures under any load")
     given = parser.parse_args(argv)
     shape = Shape(smp=1 if given.icount else 2, mem="3G", icount=given.icount)
@@ -320,13 +345,15 @@ def main(argv: list[str]) -> int:
         say("building the servers (cargo example bench_disk)")
         # Before a guest looks at the host's files.
         served.build_example("bench_disk")
+        capi.program(capi.TESTS / "null.c")
+        chosen = [c for c in CONTESTANTS if c.name.startswith(given.only)]
         with session.machine(shape, given.kernel, say, only_guests=True) as guest:
-            results = measure(guest, given.rounds, given.secs, say)
+            results = measure(guest, given.rounds, given.secs, say, chosen)
             say("many disks")
-            many = crowd(guest)
+            many = "" if given.only else crowd(guest)
             under = conditions(guest, given.rounds, given.secs, icount=given.icount)
     except (
-        *(served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
+        *(capi.CannotBuild, served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
         *(CommandFailed, CommandTimeout, NothingInTime, ProcessEnded),
     ) as e:
         print(f"bench: FAILED: {e}", file=sys.stderr)
