@@ -25,12 +25,12 @@ static void destroy(void *user) {
     it.destroyed++;
 }
 
+/* Fails only where tests look: the kernel reads other places when it likes, to find partitions. */
 static int do_read(void *user, void *buf, size_t length, uint64_t offset) {
     CHECK(user == &it);
-    (void)offset;
     it.calls++;
     memset(buf, 0x77, length);
-    return it.read_code;
+    return offset == 8 << 20 ? it.read_code : 0;
 }
 
 static int do_write(void *user, const void *data, size_t length, uint64_t offset, uint32_t flags) {
@@ -452,14 +452,14 @@ static void codes(void) {
     const int given[] = {1, 4096, -4096, -5000, INT32_MIN, INT32_MAX}, errors[] = {EIO, ENOSPC, ENODATA, ETIMEDOUT, EILSEQ};
     for (size_t i = 0; i < sizeof given / sizeof *given; i++) {
         it.read_code = given[i];
-        EQUAL(disk_io(path, 0, 0, 0, NULL), EIO);
+        EQUAL(disk_io(path, 0, 8 << 20, 0, NULL), EIO);
         EQUAL(told, i + 1);
     }
     EQUAL(ublk_rs_set_log(NULL, NULL, 0), 0);
     for (size_t i = 0; i < sizeof errors / sizeof *errors; i++) {
         it.read_code = it.write_code = -errors[i];
-        EQUAL(disk_io(path, 0, 0, 0, NULL), errors[i]);
-        EQUAL(disk_io(path, 1, 0, 0, NULL), errors[i]);
+        EQUAL(disk_io(path, 0, 8 << 20, 0, NULL), errors[i]);
+        EQUAL(disk_io(path, 1, 8 << 20, 0, NULL), errors[i]);
     }
     EQUAL(told, sizeof given / sizeof *given);
     it.read_code = it.write_code = 0;
