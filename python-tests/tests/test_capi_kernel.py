@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ublk_rig import capi, served, testdisk, valgrind
+from ublk_rig.guest import CommandFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +54,9 @@ def running(guest: Guest, argv: list[str | Path], env: dict[str, str]) -> Iterat
         try:
             yield server, disk
         except BaseException:
-            testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
+            # What failed is what matters, also if the disk is gone already.
+            with contextlib.suppress(CommandFailed):
+                testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
             raise
 
 
