@@ -118,6 +118,12 @@ def test_what_must_not_be_done_is_answered(guest: Guest) -> None:
         assert not done.err, case
 
 
+def test_the_cxx_header_does_what_it_says(guest: Guest) -> None:
+    program = capi.program(capi.TESTS / "cxx.cpp", capi.Flavour(flags=capi.SANITIZED))
+    guest.run("modprobe ublk_drv")
+    assert not guest.run([program], env=ASAN, timeout=120).err
+
+
 def test_pages_on_a_ring_of_the_programs_own(guest: Guest) -> None:
     """READ_FIXED straight into the client's memory: register, read from a file, unregister, complete."""
     program = capi.program(capi.TESTS / "zero_copy.c", capi.Flavour(flags=capi.SANITIZED))

@@ -711,6 +711,37 @@ static void busy(void) {
     ublk_rs_error_free(error);
 }
 
+static void targets(void) {
+    char path[] = "/dev/shm/ublk-capi-XXXXXX";
+    int file = mkstemp(path);
+    CHECK(file >= 0);
+    close(file);
+    unlink(path);
+    for (size_t i = 0; i < ublk_rs_target_count(); i++) {
+        ublk_rs_error *error = ublk_rs_error_new();
+        ublk_rs_device *device = NULL;
+        const char *name = ublk_rs_target_name(i);
+        unsigned char first = 1;
+        WORKS(ublk_rs_device_new_target(name, &device, error));
+        int code = ublk_rs_device_start(device, error); /* without a size, or a path */
+        EQUAL(code, -EINVAL);
+        WORKS(ublk_rs_device_set(device, "size", "16M", error));
+        WORKS(ublk_rs_device_set(device, "zone_bytes", "4M", error));
+        WORKS(ublk_rs_device_set(device, "path", path, error));
+        WORKS(ublk_rs_device_set(device, "create", "yes", error));
+        code = ublk_rs_device_start(device, error);
+        if (code != 0) fprintf(stderr, "%s: %s\n", name, ublk_rs_error_message(error));
+        EQUAL(code, 0);
+        EQUAL(ublk_rs_device_size(device), SIZE);
+        EQUAL(disk_io(ublk_rs_device_path(device), 1, 0, 0x33, NULL), 0);
+        EQUAL(disk_io(ublk_rs_device_path(device), 0, 0, 0, &first), 0);
+        EQUAL(first, strcmp(name, "null") == 0 ? 0 : 0x33);
+        EQUAL(ublk_rs_device_free(device), 0);
+        ublk_rs_error_free(error);
+    }
+    unlink(path);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -726,7 +757,8 @@ static const struct {
              {"forked", forked},
              {"in-callbacks", in_callbacks},
              {"dispatching", dispatching},
-             {"busy", busy}};
+             {"busy", busy},
+             {"targets", targets}};
 
 int main(int argc, char **argv) {
     EQUAL(ublk_rs_version(), UBLK_RS_VERSION);
