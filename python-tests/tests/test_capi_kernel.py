@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ublk_rig import capi, served, testdisk, valgrind
+from ublk_rig.guest import CommandFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +54,9 @@ def running(guest: Guest, argv: list[str | Path], env: dict[str, str]) -> Iterat
         try:
             yield server, disk
         except BaseException:
-            testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
+            # What failed is what matters, also if the disk is gone already.
+            with contextlib.suppress(CommandFailed):
+                testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
             raise
 
 
@@ -112,6 +116,12 @@ def test_what_must_not_be_done_is_answered(guest: Guest) -> None:
     for case in cases:
         done = guest.run([program, case], env=ASAN, timeout=120)
         assert not done.err, case
+
+
+def test_the_cxx_header_does_what_it_says(guest: Guest) -> None:
+    program = capi.program(capi.TESTS / "cxx.cpp", capi.Flavour(flags=capi.SANITIZED))
+    guest.run("modprobe ublk_drv")
+    assert not guest.run([program], env=ASAN, timeout=120).err
 
 
 def test_pages_on_a_ring_of_the_programs_own(guest: Guest) -> None:

@@ -26,7 +26,9 @@ int main(int argc, char **argv) {
         fflush(stdout);
         ublk_rs_device_wait(disk, UBLK_RS_FOREVER, error);
     }
-    if (ublk_rs_error_code(error) != 0) fprintf(stderr, "ramdisk: %s\n", ublk_rs_error_message(error));
+    int failed = ublk_rs_error_code(error) != 0;
+    if (failed) fprintf(stderr, "ramdisk: %s\n", ublk_rs_error_message(error));
     ublk_rs_device_free(disk);
-    return ublk_rs_error_code(error) != 0;
+    ublk_rs_error_free(error);
+    return failed;
 }

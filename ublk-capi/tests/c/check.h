@@ -7,7 +7,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#ifdef __cplusplus
+#include <atomic>
+using std::atomic_int;
+#else
 #include <stdatomic.h>
+#endif
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -49,7 +54,10 @@
 
 enum { BLOCK = 4096, SIZE = 16 << 20 };
 
-static inline void nap(void) { nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL); }
+static inline void nap(void) {
+    struct timespec two_milliseconds = {0, 2000000};
+    nanosleep(&two_milliseconds, NULL);
+}
 
 static inline double seconds(void) {
     struct timespec now;
@@ -110,14 +118,15 @@ struct client {
 };
 
 static inline void *client_main(void *at) {
-    struct client *client = at;
+    struct client *client = (struct client *)at;
     client->result = disk_io(client->path, client->write_it, client->offset, 0x5a, &client->first);
     client->done = 1;
     return NULL;
 }
 
 static inline void client_start(struct client *client, const char *path, int write_it, off_t offset) {
-    memset(client, 0, sizeof *client);
+    client->result = client->first = 0;
+    client->done = 0;
     snprintf(client->path, sizeof client->path, "%s", path);
     client->write_it = write_it;
     client->offset = offset;
