@@ -86,6 +86,8 @@ int main(void) {
     int code = ublk_rs_device_start(device, error);
     if (code == -EOPNOTSUPP) {
         fprintf(stderr, "%s\n", ublk_rs_error_message(error));
+        EQUAL(ublk_rs_device_free(device), 0);
+        ublk_rs_error_free(error);
         return 77;
     }
     EQUAL(code, 0);
