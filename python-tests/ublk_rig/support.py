@@ -62,6 +62,7 @@ CAPABILITIES = (
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
     Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
+    Capability("The C and C++ library: examples, life, misuse", r"test_capi_kernel\.py"),
     Capability("What the driver's protocol was once believed to be", r"claims::"),
 )
 # Tests of the rig show nothing about disks.
