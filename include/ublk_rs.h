@@ -528,15 +528,10 @@ typedef struct ublk_rs_io {
      */
     uint64_t offset;
     /**
-     * The length of the range, in bytes; 0 for a flush and a report of zones.
+     * The length of the range, in bytes; 0 for a flush and a report of zones. The data of it is had by
+     * ublk_rs_request_buffer() or ublk_rs_request_put(): a program that needs none does not pay for it.
      */
     uint64_t length;
-    /**
-     * The data, length bytes: of a write (to be read only), or where a read's is to be put, which arrives zeroed.
-     * Valid until the request is completed. NULL for other operations, and on the data paths zero-copy and
-     * auto-buf-reg, where ublk_rs_request_buffer() makes one.
-     */
-    void *buf;
     /**
      * UBLK_RS_OP_*.
      */
@@ -643,7 +638,7 @@ typedef struct ublk_rs_backend {
     int (*write_zeroes)(void *user, uint64_t offset, uint64_t length, uint32_t flags);
     /**
      * Takes a request to be completed later, from any thread, by ublk_rs_request_complete() or one of its kind; or does
-     * that at once. io is valid during the call only, what it points to until the request is completed. Excludes all
+     * that at once. io is valid during the call only. Excludes all
      * functions above, the zone functions, and the option "threads". What the disk can do is then said by options:
      * "writable", "flush", "discard", "write_zeroes". 0: the request is the program's. -errno: it is not, and the
      * library answers it with that.
@@ -1397,10 +1392,10 @@ int ublk_rs_request_complete_report(ublk_rs_device *device,
                                     size_t count);
 
 /**
- * Finds a request's data in memory, for the data paths on which `submit` is not given it: of a write a copy, of a read
- * where to put it. May be called again.
+ * Finds a request's data in memory: of a write or an append what is to be stored, of a read where to put it, which is
+ * zeroed. On every data path; on those that do not copy this does. May be called again.
  *
- * Blocks for a copy of the data on these paths, not otherwise. Any thread, one at a time for each request.
+ * Blocks for a copy of the data on such paths, not otherwise. Any thread, one at a time for each request.
  *
  * @param device   the device that it is of
  * @param request  a read or write

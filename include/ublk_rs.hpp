@@ -144,11 +144,7 @@ public:
     /// What is asked for; see struct ublk_rs_io.
     const ublk_rs_io &io() const noexcept { return io_; }
     std::uint64_t number() const noexcept { return number_; }
-    /// The data of a read, to be filled; may be empty on data paths without a copy: buffer().
-    bytes data() const noexcept {
-        return {static_cast<std::byte *>(io_.buf), io_.buf ? static_cast<std::size_t>(io_.length) : 0};
-    }
-    /// The data in memory, on any data path.
+    /// The data in memory, on any data path: of a write to be read only, of a read to be filled; it is zeroed.
     bytes buffer() {
         void *start = nullptr;
         std::size_t length = 0;

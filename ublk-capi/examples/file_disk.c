@@ -35,11 +35,15 @@ struct disk {
     pthread_t threads[THREADS];
 };
 
-static int transfer(const struct disk *disk, const ublk_rs_io *io) {
-    size_t done = 0;
-    while (done < io->length) {
-        char *at = (char *)io->buf + done;
-        size_t rest = (size_t)(io->length - done);
+static int transfer(const struct disk *disk, const struct job *job) {
+    const ublk_rs_io *io = &job->io;
+    void *buf = NULL;
+    size_t length = 0, done = 0;
+    int code = ublk_rs_request_buffer(job->device, job->request, &buf, &length);
+    if (code != 0) return code;
+    while (done < length) {
+        char *at = (char *)buf + done;
+        size_t rest = length - done;
         off_t where = (off_t)(io->offset + done);
         ssize_t n = io->op == UBLK_RS_OP_READ ? pread(disk->file, at, rest, where) : pwrite(disk->file, at, rest, where);
         if (n < 0 && errno == EINTR) continue;
@@ -50,13 +54,14 @@ static int transfer(const struct disk *disk, const ublk_rs_io *io) {
     return 0;
 }
 
-static int perform(const struct disk *disk, const ublk_rs_io *io) {
+static int perform(const struct disk *disk, const struct job *job) {
+    const ublk_rs_io *io = &job->io;
     off_t offset = (off_t)io->offset, length = (off_t)io->length;
     int code = 0;
     switch (io->op) {
     case UBLK_RS_OP_READ:
     case UBLK_RS_OP_WRITE:
-        code = transfer(disk, io);
+        code = transfer(disk, job);
         if (code == 0 && io->op == UBLK_RS_OP_WRITE && (io->flags & UBLK_RS_FLAG_FUA)) code = fdatasync(disk->file) ? -errno : 0;
         return code;
     case UBLK_RS_OP_FLUSH:
@@ -83,7 +88,7 @@ static void *serve(void *user) {
         disk->count--;
         pthread_mutex_unlock(&disk->lock);
         /* -ESTALE: a stop did not wait for us, and the client has its answer. */
-        ublk_rs_request_complete(job.device, job.request, perform(disk, &job.io));
+        ublk_rs_request_complete(job.device, job.request, perform(disk, &job));
     }
 }
 

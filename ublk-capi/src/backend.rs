@@ -149,12 +149,9 @@ pub struct ublk_rs_io {
     pub size: usize,
     /// Where the range starts on the disk, in bytes.
     pub offset: u64,
-    /// The length of the range, in bytes; 0 for a flush and a report of zones.
+    /// The length of the range, in bytes; 0 for a flush and a report of zones. The data of it is had by
+    /// ublk_rs_request_buffer() or ublk_rs_request_put(): a program that needs none does not pay for it.
     pub length: u64,
-    /// The data, length bytes: of a write (to be read only), or where a read's is to be put, which arrives zeroed.
-    /// Valid until the request is completed. NULL for other operations, and on the data paths zero-copy and
-    /// auto-buf-reg, where ublk_rs_request_buffer() makes one.
-    pub buf: *mut c_void,
     /// UBLK_RS_OP_*.
     pub op: u32,
     /// UBLK_RS_FLAG_*, and what else the kernel says.
@@ -217,7 +214,7 @@ pub struct ublk_rs_backend {
         unsafe extern "C" fn(user: *mut c_void, offset: u64, length: u64, flags: u32) -> c_int,
     >,
     /// Takes a request to be completed later, from any thread, by ublk_rs_request_complete() or one of its kind; or does
-    /// that at once. io is valid during the call only, what it points to until the request is completed. Excludes all
+    /// that at once. io is valid during the call only. Excludes all
     /// functions above, the zone functions, and the option "threads". What the disk can do is then said by options:
     /// "writable", "flush", "discard", "write_zeroes". 0: the request is the program's. -errno: it is not, and the
     /// library answers it with that.
@@ -431,7 +428,8 @@ impl Callbacks {
         outcome(unsafe { act(self.user, action_number(action), zone) })
     }
 
-    /// Gives a request to the program. The answer is what it returned.
+    /// Gives a request to the program. The answer is what it returned. The caller's thread is known to be inside of a
+    /// callback.
     #[inline]
     pub(crate) fn submit(
         &self,
@@ -440,9 +438,7 @@ impl Callbacks {
         io: &ublk_rs_io,
     ) -> Result<(), Errno> {
         let submit = self.table.submit.ok_or(Errno::EIO)?;
-        let _inside = Inside::of_callback();
-        // SAFETY: the table's contract; `io` is readable for the call, and the buffer in it until the request is
-        // completed, because the request is kept until then.
+        // SAFETY: the table's contract; `io` is readable for the call.
         outcome(unsafe { submit(self.user, device, request, io) })
     }
 }
@@ -486,26 +482,20 @@ impl ublk_rs_backend {
     }
 }
 
-/// What `submit` is told of a request, with its data where that is at hand.
+/// What `submit` is told of a request.
 #[inline]
-pub(crate) fn describe(request: &mut Request, with_data: bool) -> ublk_rs_io {
-    let op = request.op();
-    let buf = match op {
-        Op::Read if with_data => request.data_mut().as_mut_ptr(),
-        Op::Write | Op::ZoneAppend if with_data => request.data().as_ptr().cast_mut(),
-        _ => std::ptr::null_mut(),
-    };
+pub(crate) fn describe(request: &Request) -> ublk_rs_io {
+    let flags = request.flags();
     ublk_rs_io {
         size: size_of::<ublk_rs_io>(),
         offset: request.offset(),
         length: request.len(),
-        buf: buf.cast(),
-        op: op_number(op),
-        flags: request.flags().raw(),
+        op: op_number(request.op()),
+        flags: flags.raw(),
         queue: request.queue(),
         tag: request.tag(),
         zones: request.zones(),
-        metadata_length: match request.flags().integrity() {
+        metadata_length: match flags.integrity() {
             true => request.metadata_len() as u64,
             false => 0,
         },

@@ -30,6 +30,11 @@ impl Drop for Inside {
     }
 }
 
+/// This thread is the library's: what it ever runs of the program is callbacks.
+pub(crate) fn stay_inside() {
+    IN_CALLBACK.set(true);
+}
+
 /// Whether this thread is inside of a callback.
 pub(crate) fn is_inside() -> bool {
     IN_CALLBACK.get()

@@ -351,6 +351,7 @@ impl Device {
             }),
             false => None,
         };
+        let _inside = boundary::Inside::of_callback();
         let mut done = 0;
         while done < most {
             match (inbox.next(), &submitter) {

@@ -146,10 +146,10 @@ pub unsafe extern "C" fn ublk_rs_request_complete_report(
     }
 }
 
-/// Finds a request's data in memory, for the data paths on which `submit` is not given it: of a write a copy, of a read
-/// where to put it. May be called again.
+/// Finds a request's data in memory: of a write or an append what is to be stored, of a read where to put it, which is
+/// zeroed. On every data path; on those that do not copy this does. May be called again.
 ///
-/// Blocks for a copy of the data on these paths, not otherwise. Any thread, one at a time for each request.
+/// Blocks for a copy of the data on such paths, not otherwise. Any thread, one at a time for each request.
 ///
 /// @param device   the device that it is of
 /// @param request  a read or write

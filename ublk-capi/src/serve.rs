@@ -4,11 +4,12 @@ use std::io;
 use std::sync::Arc;
 
 use ublk_core::{
-    Backend, Builder, Capabilities, DataPath, Errno, Op, QueueContext, QueueHandler, Request,
-    RequestFlags, Zone, ZoneAction,
+    Backend, Builder, Capabilities, Errno, Op, QueueContext, QueueHandler, Request, RequestFlags,
+    Zone, ZoneAction,
 };
 
 use crate::backend::{self, Callbacks};
+use crate::boundary;
 use crate::device::{Device, ublk_rs_device};
 use crate::inbox::Inbox;
 use crate::table::Table;
@@ -93,10 +94,8 @@ pub(crate) struct Submitter {
 
 impl Submitter {
     #[inline]
-    pub(crate) fn submit(&self, mut request: Request) {
-        let with_data = !matches!(request.data_path(), DataPath::ZeroCopy | DataPath::AutoBufReg)
-            || request.is_shared();
-        let io = backend::describe(&mut request, with_data);
+    pub(crate) fn submit(&self, request: Request) {
+        let io = backend::describe(&request);
         let number = self.table.insert(io.queue, io.tag, request);
         let device = Arc::as_ptr(&self.device).cast::<ublk_rs_device>().cast_mut();
         if let Err(errno) = self.callbacks.submit(device, number, &io)
@@ -160,6 +159,8 @@ pub(crate) fn builder(
     let (callbacks, device) = (Arc::clone(callbacks), Arc::clone(device));
     Builder::with_handlers(size, capabilities, move |queue| {
         table.prepare(queue, depth);
+        // This is a worker: of the program it runs nothing but callbacks.
+        boundary::stay_inside();
         Submitter {
             callbacks: Arc::clone(&callbacks),
             table: Arc::clone(&table),

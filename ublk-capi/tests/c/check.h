@@ -6,7 +6,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
 #ifdef __cplusplus
 #include <atomic>
 using std::atomic_int;
@@ -16,6 +15,7 @@ using std::atomic_int;
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -90,60 +90,84 @@ static inline void nothing_left(int descriptors) {
     EQUAL(entries("/sys/class/ublk-char", "ublkc"), 0);
 }
 
-/* One direct I/O on the disk: 0 or the errno that its client sees. */
-static inline int disk_io(const char *path, int write_it, off_t offset, unsigned char fill, unsigned char *first) {
-    void *buf = NULL;
-    CHECK(posix_memalign(&buf, BLOCK, BLOCK) == 0);
-    memset(buf, fill, BLOCK);
-    int fd = open(path, O_RDWR | O_DIRECT | O_CLOEXEC);
-    if (fd < 0) fd = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
-    CHECK(fd >= 0);
-    ssize_t n = write_it ? pwrite(fd, buf, BLOCK, offset) : pread(fd, buf, BLOCK, offset);
-    int failed = n < 0 ? errno : 0;
-    CHECK(n < 0 || n == BLOCK);
-    if (first != NULL) *first = *(unsigned char *)buf;
-    close(fd);
-    free(buf);
-    return failed;
-}
-
-/* The same on a thread of its own. */
-struct client {
-    pthread_t thread;
-    char path[64];
-    int write_it, result;
-    off_t offset;
+/*
+ * A client of the disk, which makes one direct I/O: in a process of its own, so that a test which fails can end though its
+ * client waits for it. The child allocates nothing: another thread may have held the allocator's lock.
+ */
+struct client_answer {
+    int result;
     unsigned char first;
-    atomic_int done;
 };
 
-static inline void *client_main(void *at) {
-    struct client *client = (struct client *)at;
-    client->result = disk_io(client->path, client->write_it, client->offset, 0x5a, &client->first);
-    client->done = 1;
-    return NULL;
+struct client {
+    pid_t pid;
+    int ended, result;
+    unsigned char first;
+    struct client_answer *answer;
+};
+
+static inline void client_start_with(struct client *client, const char *path, int write_it, off_t offset,
+                                     unsigned char fill) {
+    static unsigned char memory[2 * BLOCK];
+    memset(client, 0, sizeof *client);
+    client->answer = (struct client_answer *)mmap(NULL, sizeof *client->answer, PROT_READ | PROT_WRITE,
+                                                  MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(client->answer != MAP_FAILED);
+    client->pid = fork();
+    CHECK(client->pid >= 0);
+    if (client->pid != 0) return;
+    unsigned char *buf = memory + (BLOCK - (uintptr_t)memory % BLOCK);
+    memset(buf, fill, BLOCK);
+    int fd = open(path, O_RDWR | O_DIRECT);
+    if (fd < 0) fd = open(path, O_RDONLY | O_DIRECT);
+    if (fd < 0) _exit(1);
+    ssize_t n = write_it ? pwrite(fd, buf, BLOCK, offset) : pread(fd, buf, BLOCK, offset);
+    client->answer->result = n < 0 ? errno : n == BLOCK ? 0 : EMSGSIZE;
+    client->answer->first = buf[0];
+    close(fd);
+    _exit(0);
 }
 
 static inline void client_start(struct client *client, const char *path, int write_it, off_t offset) {
-    client->result = client->first = 0;
-    client->done = 0;
-    snprintf(client->path, sizeof client->path, "%s", path);
-    client->write_it = write_it;
-    client->offset = offset;
-    CHECK(pthread_create(&client->thread, NULL, client_main, client) == 0);
+    client_start_with(client, path, write_it, offset, 0x5a);
+}
+
+/* Waits for its end, or only looks. */
+static inline int client_ended(struct client *client, int options) {
+    int status = 0;
+    if (client->ended) return 1;
+    pid_t pid = waitpid(client->pid, &status, options);
+    if (pid == 0) return 0;
+    EQUAL(pid, client->pid);
+    EQUAL(status, 0);
+    client->ended = 1;
+    client->result = client->answer->result;
+    client->first = client->answer->first;
+    munmap(client->answer, sizeof *client->answer);
+    return 1;
 }
 
 /* Answers what the client asks for, and the kernel, which looks for partitions when it likes. */
 static inline void client_dispatch(struct client *client, ublk_rs_device *device) {
-    while (!client->done) {
+    while (!client_ended(client, WNOHANG)) {
         CHECK(ublk_rs_device_dispatch(device, 1) >= 0);
         nap();
     }
 }
 
+/* 0 or the errno that the client has got. */
 static inline int client_end(struct client *client) {
-    CHECK(pthread_join(client->thread, NULL) == 0);
+    client_ended(client, 0);
     return client->result;
+}
+
+/* One direct I/O, waited for. */
+static inline int disk_io(const char *path, int write_it, off_t offset, unsigned char fill, unsigned char *first) {
+    struct client client;
+    client_start_with(&client, path, write_it, offset, fill);
+    int result = client_end(&client);
+    if (first != NULL) *first = client.first;
+    return result;
 }
 
 #endif

@@ -48,8 +48,8 @@ static int do_flush(void *user) {
 static int do_submit(void *user, ublk_rs_device *device, uint64_t request, const ublk_rs_io *io) {
     CHECK(user == &it && request != 0 && io->size >= sizeof *io);
     if (it.keep && io->op == UBLK_RS_OP_READ && io->offset == 8 << 20) {
-        it.buffer = io->buf;
-        it.length = (size_t)io->length;
+        EQUAL(ublk_rs_request_buffer(device, request, &it.buffer, &it.length), 0);
+        EQUAL(it.length, io->length);
         it.device = device;
         it.held[it.holding] = request;
         it.holding++;

@@ -61,7 +61,6 @@ static int submit(void *user, ublk_rs_device *device, uint64_t request, const ub
     struct io_uring_sqe entry;
     if (io->op != UBLK_RS_OP_READ && io->op != UBLK_RS_OP_WRITE) return -EOPNOTSUPP;
     uint16_t place = (uint16_t)(it.requests++ % PLACES);
-    if (io->buf != NULL) it.bad++; /* there is none on this path */
     if (ublk_rs_request_register_sqe(device, request, place, &entry) != 0) return -EIO;
     if (perform(&entry) != 0) return -EIO;
     memset(&entry, 0, sizeof entry);
@@ -87,6 +86,8 @@ int main(void) {
     int code = ublk_rs_device_start(device, error);
     if (code == -EOPNOTSUPP) {
         fprintf(stderr, "%s\n", ublk_rs_error_message(error));
+        EQUAL(ublk_rs_device_free(device), 0);
+        ublk_rs_error_free(error);
         return 77;
     }
     EQUAL(code, 0);
