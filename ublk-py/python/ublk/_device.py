@@ -164,6 +164,8 @@ class Device:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._courier: Courier | None = None
+        if not stop_timeout >= 0:
+            raise ValueError(f"stop_timeout={stop_timeout}: seconds, 0 or more")
         self._stop_timeout = stop_timeout
         requires, prefers, forbids = list(require), list(prefer), list(forbid)
         if recovery is not None:
