@@ -71,6 +71,16 @@ impl Buffer {
         }
     }
 
+    /// A view is gone.
+    fn forget_one(&self) {
+        let kept = {
+            let mut state = self.lock();
+            state.exports -= 1;
+            if state.exports == 0 { state.kept.take() } else { None }
+        };
+        drop(kept);
+    }
+
     /// A view of what is shown.
     pub(crate) fn view<'py>(this: &Bound<'py, Self>) -> PyResult<Bound<'py, PyMemoryView>> {
         PyMemoryView::from(this.as_any())
@@ -87,11 +97,17 @@ impl Buffer {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        let mut state = slf.get().lock();
-        let Some(memory) = &state.memory else {
-            return Err(PyBufferError::new_err("the request of this buffer has been answered"));
+        // Not locked while the interpreter works: what it does may release another view of this, by its collector.
+        let (start, len, writable) = {
+            let mut state = slf.get().lock();
+            let Some(memory) = &state.memory else {
+                return Err(PyBufferError::new_err("the request of this buffer has been answered"));
+            };
+            let shown = (memory.start, memory.len, memory.writable);
+            state.exports += 1;
+            shown
         };
-        let len = ffi::Py_ssize_t::try_from(memory.len).unwrap_or(ffi::Py_ssize_t::MAX);
+        let len = ffi::Py_ssize_t::try_from(len).unwrap_or(ffi::Py_ssize_t::MAX);
         // SAFETY: the interpreter gives a view to be filled. The memory is `len` bytes, valid while the request is
         // unanswered, and after that as long as an export is counted, which is from here to `__releasebuffer__`; the
         // view keeps this object.
@@ -99,16 +115,17 @@ impl Buffer {
             ffi::PyBuffer_FillInfo(
                 view,
                 slf.as_ptr(),
-                memory.start.as_ptr().cast(),
+                start.as_ptr().cast(),
                 len,
-                c_int::from(!memory.writable),
+                c_int::from(!writable),
                 flags,
             )
         };
         if filled != 0 {
-            return Err(PyErr::fetch(slf.py()));
+            let error = PyErr::fetch(slf.py());
+            slf.get().forget_one();
+            return Err(error);
         }
-        state.exports += 1;
         Ok(())
     }
 
@@ -116,12 +133,7 @@ impl Buffer {
     ///
     /// Called by the interpreter alone, once for each view.
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
-        let kept = {
-            let mut state = self.lock();
-            state.exports -= 1;
-            if state.exports == 0 { state.kept.take() } else { None }
-        };
-        drop(kept);
+        self.forget_one();
     }
 }
 

@@ -1,5 +1,6 @@
 //! The methods of a Python backend, and what comes of calling them.
 
+use std::cell::Cell;
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -223,7 +224,25 @@ pub(crate) struct Sink {
     fatal: Mutex<Option<Py<PyBaseException>>>,
 }
 
+thread_local! {
+    /// The sink of the device whose handler is running on this thread; an address that is only compared.
+    static SERVING: Cell<*const Sink> = const { Cell::new(std::ptr::null()) };
+}
+
 impl Sink {
+    /// Calls into the backend.
+    pub(crate) fn serving<T>(&self, call: impl FnOnce() -> T) -> T {
+        let before = SERVING.replace(self);
+        let done = call();
+        SERVING.set(before);
+        done
+    }
+
+    /// Whether the caller is called by a handler of the device, and would wait for itself.
+    pub(crate) fn is_current(&self) -> bool {
+        std::ptr::eq(SERVING.get(), self)
+    }
+
     /// The device has come up. False if a handler wanted it to end before.
     pub(crate) fn set_device(&self, device: ublk_core::Device) -> bool {
         let _ = self.device.set(device);
@@ -274,7 +293,7 @@ impl Sink {
     /// As [`raised`](Self::raised), for a request that is described in words.
     pub(crate) fn errno(&self, py: Python<'_>, place: &str, error: &PyErr) -> Errno {
         if !error.is_instance_of::<PyException>(py) && !error.is_instance_of::<CancelledError>(py) {
-            self.end_with(error.value(py).clone().unbind());
+            self.end_with(error.clone_ref(py).into_value(py));
             return Errno::EIO;
         }
         let errno = errno_of(py, error);

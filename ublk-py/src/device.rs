@@ -25,6 +25,8 @@ pub(crate) struct Device {
     sink: Option<Arc<Sink>>,
     pool: Option<Arc<Pool>>,
     ended: Mutex<Option<PipeReader>>,
+    /// A forked child has the object, but not the device.
+    process: u32,
 }
 
 /// How long the threads of a pool are waited for when their device has ended.
@@ -43,6 +45,7 @@ impl Device {
             sink,
             pool,
             ended: Mutex::default(),
+            process: std::process::id(),
         };
         let lives = device.sink.as_ref().is_none_or(|sink| sink.set_device(device.handle.clone()));
         if !lives {
@@ -60,9 +63,9 @@ impl Device {
 
     /// Refuses what would wait for its own caller.
     fn check_thread(&self, what: &str) -> PyResult<()> {
-        match self.pool.as_ref().is_some_and(|pool| pool.is_current()) {
+        match self.sink.as_ref().is_some_and(|sink| sink.is_current()) {
             true => Err(StateError::new_err(format!(
-                "cannot {what} (device {}): the caller is one of its threads, and would wait for itself",
+                "cannot {what} (device {}): the caller is a method of its backend, and would wait for itself",
                 self.handle.id()
             ))),
             false => Ok(()),
@@ -186,6 +189,11 @@ impl Device {
         handed.or_raise(py)
     }
 
+    /// Raises a StateError if the caller is one of the backend's methods.
+    fn check_caller(&self, what: &str) -> PyResult<()> {
+        self.check_thread(what)
+    }
+
     /// A descriptor that is readable when the device has ended.
     fn ended_fd(&self) -> PyResult<i32> {
         let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -226,8 +234,9 @@ impl Device {
         self.sink.as_ref()?.take_fatal()
     }
 
-    /// Stops by force, without waiting.
-    fn abandon(&self) {
+    /// Stops by force, without waiting; `then` is called when that is done.
+    #[pyo3(signature = (then=None))]
+    fn abandon(&self, then: Option<Py<PyAny>>) {
         let (running, pool) = (self.running().take(), self.pool.clone());
         if running.is_none() {
             return;
@@ -237,11 +246,27 @@ impl Device {
             if let Some(pool) = pool {
                 pool.close();
             }
+            // Not at all if the interpreter is going.
+            let _ = Python::try_attach(|py| {
+                if let Some(Err(error)) = then.map(|then| then.bind(py).call0().map(drop)) {
+                    crate::log::exception(py, "after a device that was not closed".into(), &error);
+                }
+            });
         };
         // Without a thread for it, here; it takes seconds at the most.
         let spawned = std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end);
         if let Err(error) = spawned {
             crate::log::complaint(format!("no thread to stop a device: {error}"));
+        }
+    }
+}
+
+impl Drop for Device {
+    /// Whoever loses the handle (by an exception in the moment of the start, say) is attached to the interpreter, and
+    /// the workers that would be waited for may need it.
+    fn drop(&mut self) {
+        if std::process::id() == self.process {
+            self.abandon(None);
         }
     }
 }

@@ -78,7 +78,8 @@ fn push(record: Record) {
 
 /// A backend's exception, with its traceback.
 pub(crate) fn exception(py: Python<'_>, text: String, error: &PyErr) {
-    let exception = Some(error.value(py).clone().unbind());
+    // Not `value`: that lacks the traceback where the interpreter is older than 3.12.
+    let exception = Some(error.clone_ref(py).into_value(py));
     push(Record { level: 40, target: "ublk.backend".to_owned(), text, exception });
 }
 

@@ -25,6 +25,9 @@ pub(crate) struct Spec {
     threads: usize,
 }
 
+/// `UBLK_MINORS` of the driver, which refuses others late and in fewer words.
+const MINORS: u32 = 1 << 20;
+
 /// Options by name, as the Python side has read them.
 struct Options<'a, 'py>(&'a Bound<'py, PyDict>);
 
@@ -85,6 +88,9 @@ impl Spec {
         let threads = options.get::<usize>("threads")?.unwrap_or(0);
         if threads > 1024 {
             return Err(PyValueError::new_err(format!("threads={threads}: at most 1024")));
+        }
+        if let Some(id) = options.get::<u32>("id")?.filter(|id| *id >= MINORS) {
+            return Err(PyValueError::new_err(format!("id={id}: below {MINORS}, the driver's minors")));
         }
         let (mut builder, server) = match backend.cast::<Calls>() {
             Ok(calls) => {

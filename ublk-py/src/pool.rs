@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -15,7 +14,6 @@ use crate::calls::{Calls, Sink, answer};
 struct State {
     waiting: VecDeque<Request>,
     idle: usize,
-    threads: Vec<ThreadId>,
     running: usize,
     closed: bool,
 }
@@ -70,11 +68,6 @@ impl Pool {
         }
     }
 
-    /// Whether the caller is one of the threads.
-    pub(crate) fn is_current(&self) -> bool {
-        self.lock().threads.contains(&std::thread::current().id())
-    }
-
     /// The threads end; requests that wait are dropped.
     pub(crate) fn close(&self) {
         let left = {
@@ -119,11 +112,10 @@ impl Pool {
         block_signals();
         // Where that is not permitted, the device's own warnings say so.
         let _ = declare_io_flusher();
-        self.lock().threads.push(std::thread::current().id());
         Python::attach(|py| {
             let mut spares = Spares::default();
             while let Some(request) = py.detach(|| self.next()) {
-                answer(py, calls.get(), sink, &mut spares, request);
+                sink.serving(|| answer(py, calls.get(), sink, &mut spares, request));
             }
         });
         self.lock().running -= 1;

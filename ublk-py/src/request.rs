@@ -186,6 +186,17 @@ impl Request {
             .map_err(|gone| GoneError::new_err(gone.to_string()))
     }
 
+    /// The method that was called for this request returned.
+    fn _returned(&self, py: Python<'_>, value: Bound<'_, PyAny>) -> PyResult<()> {
+        let inner = self.take()?;
+        // Gone: a stop was faster.
+        let _ = self
+            .sink
+            .judge(py, &inner, Ok(value))
+            .give(inner, self.buffer.as_ref().map(Py::get));
+        Ok(())
+    }
+
     /// The handler that has this request raised an exception.
     fn _raised(&self, py: Python<'_>, error: Bound<'_, PyBaseException>) {
         self.handler_raised(py, &PyErr::from_value(error.into_any()));

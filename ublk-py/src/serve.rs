@@ -55,7 +55,9 @@ impl QueueHandler for Handler {
         match way {
             Way::Inline => {
                 self.pace.begin(context.remaining());
-                Python::attach(|py| answer(py, calls.get(), sink, &mut self.spares, request));
+                Python::attach(|py| {
+                    sink.serving(|| answer(py, calls.get(), sink, &mut self.spares, request));
+                });
                 if self.pace.must_commit(context.remaining()) {
                     context.commit();
                 }
@@ -66,7 +68,8 @@ impl QueueHandler for Handler {
                 let made = Request::new(py, request, Arc::clone(sink));
                 match made.and_then(|request| Bound::new(py, request)) {
                     Ok(request) => {
-                        if let Err(error) = calls.get().hand(py, request.clone().into_any()) {
+                        let handed = sink.serving(|| calls.get().hand(py, request.clone().into_any()));
+                        if let Err(error) = handed {
                             request.get().handler_raised(py, &error);
                         }
                     }

@@ -8,7 +8,7 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
-from ublk._native import GoneError, Inbox
+from ublk._native import Inbox
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -37,29 +37,46 @@ class Courier:
 
     def run(self, name: str) -> None:
         """Runs a loop of its own on a thread, until `end`."""
-        started: list[asyncio.AbstractEventLoop] = []
+        failed: list[BaseException] = []
         ready = threading.Event()
 
         async def serve() -> None:
             self._stop = asyncio.Event()
-            started.append(asyncio.get_running_loop())
+            self._loop = asyncio.get_running_loop()
             ready.set()
             await self._stop.wait()
 
+        def main() -> None:
+            try:
+                asyncio.run(serve())
+            except BaseException as error:
+                failed.append(error)
+                if ready.is_set():
+                    raise
+            finally:
+                ready.set()
+
         # A daemon, lest a device that was never closed keeps the program from ending.
-        self._thread = threading.Thread(target=lambda: asyncio.run(serve()), name=name, daemon=True)
+        self._thread = threading.Thread(target=main, name=name, daemon=True)
         self._thread.start()
         ready.wait()
-        self.attach(started[0])
+        if self._loop is None:
+            raise failed[0]
+        self.attach(self._loop)
 
     def end(self, within: float) -> bool:
         """Ends a loop of its own. False if it did not end in time."""
-        if self._thread is None or self._loop is None:
+        self.dismiss()
+        if self._thread is None:
             return True
-        with contextlib.suppress(RuntimeError):  # it has ended already
-            self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(within)
         return not self._thread.is_alive()
+
+    def dismiss(self) -> None:
+        """Has a loop of its own end, and does not wait for that."""
+        if self._thread is not None and self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     def is_serving_thread(self) -> bool:
         """Whether the caller is on the loop that serves."""
@@ -91,8 +108,7 @@ class Courier:
             request._raised(error)  # noqa: SLF001
         else:
             if not self._raw:
-                with contextlib.suppress(GoneError):
-                    request.complete(result)
+                request._returned(result)
 
     def _call(self, request: Request) -> object:
         if self._raw:

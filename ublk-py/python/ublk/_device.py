@@ -164,6 +164,8 @@ class Device:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._courier: Courier | None = None
+        if not stop_timeout >= 0:
+            raise ValueError(f"stop_timeout={stop_timeout}: seconds, 0 or more")
         self._stop_timeout = stop_timeout
         requires, prefers, forbids = list(require), list(prefer), list(forbid)
         if recovery is not None:
@@ -272,9 +274,13 @@ class Device:
         >>> dev.stop()
         """
         self._begin()
-        if self._courier is not None:
-            self._courier.run("ublk-loop")
-        return self._bring_up()
+        try:
+            if self._courier is not None:
+                self._courier.run("ublk-loop")
+            return self._bring_up()
+        except BaseException:
+            self._give_up()
+            raise
 
     async def start_async(self) -> Self:
         """As `start`, without blocking the running loop, which an ``async`` backend is served by.
@@ -286,32 +292,43 @@ class Device:
         >>> asyncio.run(main())
         """
         self._begin()
-        if self._courier is not None:
-            self._courier.attach(asyncio.get_running_loop())
-        return await _in_thread(self._bring_up)
+        try:
+            if self._courier is not None:
+                self._courier.attach(asyncio.get_running_loop())
+            return await _in_thread(self._bring_up)
+        except BaseException:
+            # Cancelled, for instance: the device came up all the same.
+            await _in_thread(self._give_up)
+            raise
 
     def _begin(self) -> None:
         self._check_process()
+        _log.ensure_thread()
         with self._lock:
             if self._phase != "new":
                 raise StateError("the device was started before: make a new one")
             self._phase = "starting"
-        _log.ensure_thread()
 
     def _bring_up(self) -> Self:
-        try:
-            native = self._launch()
-        except BaseException:
-            self._phase = "stopped"
-            self._end_loop()
-            raise
-        self._native = native
+        native = self._native = self._launch()
         self._place = (native.id, native.path)
         self._phase = "live"
         _live.add(self)
         for warning in native.warnings:
             _logger.warning("%s: %s", native.path, warning)
         return self
+
+    def _give_up(self) -> None:
+        """After a start that failed, or that an exception came between."""
+        if self._native is None:
+            # Should there be a device whose handle was lost with the exception, the handle's end stops it.
+            self._phase = "stopped"
+            self._end_loop()
+            return
+        try:
+            self._stop(_FORCE_WITHIN, force=True)
+        except Exception:
+            _logger.exception("%r: it was not stopped after a start that failed", self)
 
     def _launch(self) -> _native.Device:
         return self._spec.start()
@@ -373,7 +390,9 @@ class Device:
         self._check_process()
         native = self._native
         if native is None:
-            if self._phase == "new":
+            with self._lock:
+                if self._phase == "starting":
+                    raise StateError("the device is being started by another thread: stop it when it has come up")
                 self._phase = "stopped"
             return
         for leftover in native.stop(timeout, force):
@@ -419,6 +438,7 @@ class Device:
         native = self._started()
         if native is None:
             return True
+        native.check_caller("wait for the device")
         poll = select.poll()
         poll.register(native.ended_fd(), select.POLLIN)
         end = None if timeout is None else time.monotonic() + timeout
@@ -656,6 +676,7 @@ class Device:
 
     def _leave(self, error: BaseException | None) -> None:
         """Politely first, then by force: nothing is left behind."""
+        native = self._native
         try:
             self._stop(self._stop_timeout, force=False)
         except TimeoutError as held:
@@ -664,7 +685,10 @@ class Device:
             if error is None:
                 raise
         except BaseException as fatal:
-            if fatal is not error and error is None:
+            # Ctrl-C, while it waited: the users of the disk have had their time. Or the device's own end, told.
+            if self._native is not None and self._native is native:
+                self._stop(_FORCE_WITHIN, force=True)
+            if fatal is not error:
                 raise
 
     def __del__(self) -> None:
@@ -672,8 +696,7 @@ class Device:
         if native is None or self._pid != os.getpid():
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        native.abandon()
-        # Its loop ends by itself with the program; nobody can be waited for here.
+        native.abandon(self._courier.dismiss if self._courier is not None else None)
 
     def __repr__(self) -> str:
         if self._place is None:
@@ -801,7 +824,8 @@ async def _in_thread(call: Callable[[], _T]) -> _T:
 def _stop_all() -> None:
     """At the program's end."""
     for device in list(_live):
-        with contextlib.suppress(Exception):
+        # Nothing that one of them raises, not even a handler's KeyboardInterrupt, keeps the others from their end.
+        with contextlib.suppress(BaseException):
             device._stop(_FORCE_WITHIN, force=True)  # noqa: SLF001
 
 

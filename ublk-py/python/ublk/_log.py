@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import threading
+import traceback
 
 from ublk import _native
 
@@ -18,7 +19,13 @@ _thread: threading.Thread | None = None
 def _run() -> None:
     while (record := _native.next_record()) is not None:
         level, name, text, exception = record
-        logging.getLogger(name).log(level, "%s", text, exc_info=exception)
+        try:
+            logging.getLogger(name).log(level, "%s", text, exc_info=exception)
+        except Exception:
+            # A logging handler of the program's: the next message may fare better.
+            traceback.print_exc()
+        # Its traceback has the backend's frames, and they the request's memory: not until the next message comes.
+        del record, exception
 
 
 def ensure_thread() -> None:
@@ -28,7 +35,6 @@ def ensure_thread() -> None:
         if _thread is None:
             _thread = threading.Thread(target=_run, name="ublk-log", daemon=True)
             _thread.start()
-            atexit.register(_close)
 
 
 def _close() -> None:
@@ -41,9 +47,9 @@ def _close() -> None:
 def _forked() -> None:
     global _thread, _lock
     _native.forked()
-    if _thread is not None:
-        atexit.unregister(_close)
     _thread, _lock = None, threading.Lock()
 
 
+# Before the devices register theirs, and so after them at the end.
+atexit.register(_close)
 os.register_at_fork(after_in_child=_forked)
