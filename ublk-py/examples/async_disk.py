@@ -5,7 +5,9 @@ The other side is a toy: `r OFFSET LENGTH` is answered by the bytes, `w OFFSET L
 
 import asyncio
 import signal
+import socketserver
 import sys
+import threading
 
 import ublk
 
@@ -47,28 +49,32 @@ class RemoteDisk:
             self.idle.put_nowait(connection)
 
 
-async def somewhere_else(size):
-    """A server of `size` bytes; the answer is its address."""
-    store = bytearray(size)
+class SomewhereElse(socketserver.StreamRequestHandler):
+    """A server of bytes in memory, which waits where it likes: it has threads of its own."""
 
-    async def serve(reader, writer):
-        while line := await reader.readline():
+    def handle(self):
+        store = self.server.store
+        while line := self.rfile.readline():
             what, offset, length = line.split()
             start, end = int(offset), int(offset) + int(length)
             if what == b"w":
-                store[start:end] = await reader.readexactly(end - start)
-            writer.write(store[start:end] if what == b"r" else b"\n")
-            await writer.drain()
-        writer.close()
+                store[start:end] = self.rfile.read(end - start)
+            self.wfile.write(store[start:end] if what == b"r" else b"\n")
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    return server.sockets[0].getsockname()
+
+def somewhere_else(size):
+    """Starts one; the answer is its address."""
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), SomewhereElse)
+    server.daemon_threads = True
+    server.store = bytearray(size)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server.server_address
 
 
 async def main(*arguments):
     *address, size = arguments
     size = ublk.parse_size(size)
-    host, port = address or await somewhere_else(size)
+    host, port = address or somewhere_else(size)
     connections = [Connection(*await asyncio.open_connection(host, port)) for _ in range(8)]
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGINT, stop.set)
