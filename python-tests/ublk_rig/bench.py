@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from ublk_rig import bench_python, layout, served, session
+from ublk_rig import bench_python, capi, layout, served, session
 from ublk_rig.contest import Contest, Contestant, Disk, Workload
 from ublk_vm import kernels
 from ublk_vm.channel import MachineDied
@@ -101,11 +101,27 @@ def our_file(*options: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
     return up
 
 
+def in_c(style: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
+    """A disk that keeps nothing, served through the C library."""
+
+    @contextmanager
+    def up(guest: Guest) -> Iterator[Disk]:
+        program = capi.program(capi.TESTS / "null.c")
+        guest.run("modprobe ublk_drv")
+        argv = [str(program), style, f"size={DISK_BYTES}", f"queues={QUEUES}", f"queue_depth={DEPTH}"]
+        with served.serving(guest, argv) as (server, path):
+            yield Disk(path, server.pid)
+
+    return up
+
+
 # A page or chunk that was never written is read without being copied: what keeps data is filled first.
 CONTESTANTS = (
     Contestant("null_blk", null_blk),
     Contestant("ublk null", ours("null")),
     Contestant("ublk null, batch", ours("null", "batch=1"), newest=True),
+    Contestant("ublk null in C", in_c("calls")),
+    Contestant("ublk null in C, submit", in_c("submit")),
     Contestant("brd", brd, fill=True),
     Contestant("loop on tmpfs", loop, fill=True),
     Contestant("ublk mem", ours("mem"), fill=True),
@@ -116,6 +132,8 @@ CONTESTANTS = (
 RATIOS = (
     ("ublk null", "null_blk"),
     ("ublk null, batch", "ublk null"),
+    ("ublk null in C", "ublk null"),
+    ("ublk null in C, submit", "ublk null"),
     ("ublk mem", "brd"),
     ("ublk mem", "loop on tmpfs"),
     ("ublk mem, user copy", "ublk mem"),
@@ -290,7 +308,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=2.0, help="per contestant, workload and round")
     parser.add_argument("--kernel", default=kernels.SERIES[-1])
-    parser.add_argument("--only", choices=[c.name for c in CONTESTS], help="one of the two tables")
+    parser.add_argument("--table", choices=[c.name for c in CONTESTS], help="only this one")
+    parser.add_argument("--only", default="", help="contestants whose name begins with this")
     parser.add_argument("--icount", action="store_true", help="count instructions: the same figures under any load")
     given = parser.parse_args(argv)
     shape = Shape(smp=1 if given.icount else 2, mem="3G", icount=given.icount)
@@ -302,8 +321,9 @@ def main(argv: list[str]) -> int:
         say("building the servers (cargo example bench_disk)")
         # Before a guest looks at the host's files.
         served.build_example("bench_disk")
+        capi.program(capi.TESTS / "null.c")
         with session.machine(shape, given.kernel, say, only_guests=True) as guest:
-            contests = [c for c in CONTESTS if given.only in {None, c.name}]
+            contests = [c.only(given.only) for c in CONTESTS if given.table in {None, c.name}]
             results = {c.name: measure(guest, c, given.rounds, given.secs, say) for c in contests}
             many = ""
             if CONTEST in contests:
@@ -311,7 +331,7 @@ def main(argv: list[str]) -> int:
                 many = crowd(guest)
             under = conditions(guest, given.rounds, given.secs, icount=given.icount)
     except (
-        *(served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
+        *(capi.CannotBuild, served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
         *(CommandFailed, CommandTimeout, NothingInTime, ProcessEnded),
     ) as e:
         print(f"bench: FAILED: {e}", file=sys.stderr)

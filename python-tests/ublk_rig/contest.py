@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,3 +51,7 @@ class Contest:
     workloads: tuple[Workload, ...]
     # Which of them is divided by which.
     ratios: tuple[tuple[str, str], ...]
+
+    def only(self, prefix: str) -> Contest:
+        """The same with those contestants whose name begins so."""
+        return replace(self, contestants=tuple(c for c in self.contestants if c.name.startswith(prefix)))

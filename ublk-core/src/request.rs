@@ -698,6 +698,8 @@ impl fmt::Debug for KeptBuffer {
 
 #[path = "request_metadata.rs"]
 mod metadata;
+#[path = "request_ring.rs"]
+mod ring;
 #[path = "request_zones.rs"]
 mod zones;
 

@@ -12,6 +12,7 @@ use ublk_core::{Backend, Builder, RequestFlags};
 
 use crate::device::io_error;
 use crate::errors::OrRaise;
+use crate::faults::{Fault, WriteCache};
 
 /// A device of a ready-made backend, of its own size unless it has none.
 pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyResult<Builder> {
@@ -37,11 +38,25 @@ pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyRes
         fits(zoned.get().0.size())?;
         return Ok(zoned.get().0.builder());
     }
+    if let Ok(stripe) = backend.cast::<Stripe>() {
+        fits(stripe.get().inner.size())?;
+        return Ok(stripe.get().inner().builder());
+    }
+    if let Ok(fault) = backend.cast::<Fault>() {
+        let own = fault.get().size();
+        own.map_or(Ok(()), fits)?;
+        let size = own.or(size).ok_or_else(|| PyValueError::new_err("size is missing"))?;
+        return Ok(fault.get().builder(size));
+    }
+    if let Ok(cache) = backend.cast::<WriteCache>() {
+        fits(cache.get().size())?;
+        return Ok(Builder::new(cache.get().size(), cache.get().cache.clone()));
+    }
     Err(PyTypeError::new_err(format!("{} is no backend", backend.get_type())))
 }
 
 /// Bytes of a size as Python code writes it: an int, or a string like "10GiB".
-fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
+pub(crate) fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
     py.import("ublk._size")?.call_method1("parse_size", (size,))?.extract()
 }
 
@@ -61,6 +76,14 @@ fn fill(
     let mut memory = Aligned::new(buffer.item_count());
     py.detach(|| read(memory.data())).map_err(|e| io_error(&e))?;
     buffer.copy_from_slice(py, memory.data())
+}
+
+fn sync_policy(name: &str) -> PyResult<core::SyncPolicy> {
+    match name {
+        "flush" => Ok(core::SyncPolicy::OnFlush),
+        "write" => Ok(core::SyncPolicy::EveryWrite),
+        other => Err(PyValueError::new_err(format!("sync={other:?}: \"flush\" or \"write\""))),
+    }
 }
 
 /// Memory that direct I/O takes.
@@ -121,6 +144,12 @@ impl Null {
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Mem(core::Mem);
 
+impl Mem {
+    pub(crate) fn inner(&self) -> core::Mem {
+        self.0.clone()
+    }
+}
+
 #[pymethods]
 impl Mem {
     #[new]
@@ -170,6 +199,12 @@ pub(crate) struct File {
     file: std::fs::File,
 }
 
+impl File {
+    pub(crate) fn inner(&self) -> core::File {
+        self.inner.clone()
+    }
+}
+
 #[pymethods]
 impl File {
     #[new]
@@ -190,15 +225,7 @@ impl File {
         if let Some(bytes) = block_size {
             options = options.logical_block_size(bytes);
         }
-        options = options.sync(match sync {
-            "flush" => core::SyncPolicy::OnFlush,
-            "write" => core::SyncPolicy::EveryWrite,
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "sync={other:?}: \"flush\" or \"write\""
-                )));
-            }
-        });
+        options = options.sync(sync_policy(sync)?);
         let inner = py.detach(|| options.open(&path)).or_raise(py)?;
         let file = std::fs::File::from(inner.as_fd().try_clone_to_owned()?);
         Ok(File { inner, path, file })
@@ -269,6 +296,63 @@ fn write_zeroes(file: &std::fs::File, mut count: u64, mut offset: u64) -> std::i
         (count, offset) = (count - part, offset + part);
     }
     Ok(())
+}
+
+/// Several files as one disk. See `ublk.Stripe`.
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Stripe {
+    inner: core::Stripe,
+}
+
+impl Stripe {
+    pub(crate) fn inner(&self) -> core::Stripe {
+        self.inner.clone()
+    }
+}
+
+#[pymethods]
+impl Stripe {
+    #[new]
+    #[pyo3(signature = (members, *, chunk=None, create=None, direct=false, read_only=false, sync="flush", block_size=None))]
+    #[allow(clippy::too_many_arguments, reason = "keywords, to Python")]
+    fn new(
+        py: Python<'_>,
+        members: Vec<PathBuf>,
+        chunk: Option<Bound<'_, PyAny>>,
+        create: Option<Bound<'_, PyAny>>,
+        direct: bool,
+        read_only: bool,
+        sync: &str,
+        block_size: Option<u32>,
+    ) -> PyResult<Self> {
+        let mut options =
+            core::Stripe::options().direct(direct).read_only(read_only).sync(sync_policy(sync)?);
+        if let Some(chunk) = chunk {
+            options = options.chunk(parse_size(py, &chunk)?);
+        }
+        if let Some(size) = create {
+            options = options.create(parse_size(py, &size)?);
+        }
+        if let Some(bytes) = block_size {
+            options = options.logical_block_size(bytes);
+        }
+        let inner = py.detach(|| options.open(&members)).or_raise(py)?;
+        Ok(Stripe { inner })
+    }
+
+    #[getter]
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    #[getter]
+    fn chunk(&self) -> u64 {
+        self.inner.chunk()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ublk.Stripe of {} members>", self.inner.members())
+    }
 }
 
 /// A zoned disk in memory. See `ublk.ZonedMem`.

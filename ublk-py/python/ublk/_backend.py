@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ublk._native import File, Mem, Null, ZonedMem
+from ublk._native import Fault, File, Mem, Null, Stripe, WriteCache, ZonedMem
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -94,10 +94,12 @@ class RawBackend(Protocol):
         """Takes a request, which is to be completed once."""
 
 
-AnyBackend: TypeAlias = "Backend | AsyncBackend | RawBackend | ModuleType | Null | Mem | File | ZonedMem"
+AnyBackend: TypeAlias = (
+    "Backend | AsyncBackend | RawBackend | ModuleType | Null | Mem | File | Stripe | ZonedMem | Fault | WriteCache"
+)
 """Everything that `Device` takes."""
 
-READY_MADE = (Null, Mem, File, ZonedMem)
+READY_MADE = (Null, Mem, File, Stripe, ZonedMem, Fault, WriteCache)
 
 _METHODS = ("pread", "pwrite", "flush", "trim", "zero", "report_zones", "append", "zone", "handle")
 

@@ -13,6 +13,7 @@ __all__ = [
     "Buffer",
     "Calls",
     "Device",
+    "Fault",
     "File",
     "GoneError",
     "Inbox",
@@ -21,7 +22,9 @@ __all__ = [
     "Request",
     "Spec",
     "StateError",
+    "Stripe",
     "Workers",
+    "WriteCache",
     "ZonedMem",
     "__version__",
     "close_log",
@@ -224,6 +227,133 @@ class File:
     def flush(self) -> None: ...
     def trim(self, count: int, offset: int) -> None: ...
     def zero(self, count: int, offset: int) -> None: ...
+
+@final
+class Stripe:
+    """Several files or block devices as one disk (RAID 0), in turns of a chunk.
+
+    Args:
+        members: The files, in their order.
+        chunk: Bytes that go to a member before it is the next one's turn: a multiple of the logical block size. Default
+            512 KiB. It has to be the same each time.
+        create: Makes members that do not exist, large enough for a disk of this size.
+        direct: Goes past the page cache (``O_DIRECT``).
+        read_only: Opens them for reading alone.
+        sync: As of `File`.
+        block_size: Bytes of the disk's logical blocks. Default the least that the members allow.
+
+    Raises:
+        OSError: What ``open(2)`` says of a member.
+        ValueError: The sizes do not fit together.
+    """
+
+    def __new__(
+        cls,
+        members: Sequence[str | os.PathLike[str]],
+        *,
+        chunk: _Size | None = None,
+        create: _Size | None = None,
+        direct: bool = False,
+        read_only: bool = False,
+        sync: str = "flush",
+        block_size: int | None = None,
+    ) -> Stripe: ...
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+    @property
+    def chunk(self) -> int:
+        """Bytes of a chunk."""
+
+@final
+class Fault:
+    """Another ready-made backend, and rules that come before it: requests fail, are late, hang or get lost. For tests of what
+    uses the disk. Rules are changed while it is in use. See ``docs/faults.md``.
+    """
+
+    def __new__(cls, backend: Null | Mem | File | Stripe | WriteCache) -> Fault: ...
+    @property
+    def size(self) -> int | None:
+        """Bytes of the disk; None of a `Null`."""
+    def add(
+        self,
+        action: str,
+        *,
+        errno: int | None = None,
+        delay: float | tuple[float, float] | None = None,
+        ops: Sequence[str] | None = None,
+        range: tuple[int, int] | None = None,
+        probability: float = 1.0,
+        every: int = 1,
+        skip: int = 0,
+        limit: int | None = None,
+    ) -> int:
+        """Adds a rule behind those that are there, and returns its number.
+
+        A request matches if its operation is among ``ops`` and it touches ``range``. Of those that match, the first ``skip``
+        are passed over; of the others each ``every``-th is taken, and of these each by ``probability``; ``limit`` times at most.
+
+        Args:
+            action: ``"error"`` (with ``errno``), ``"delay"`` (with ``delay``), ``"hold"`` (until `release`), ``"drop"``,
+                ``"panic"``, or ``"abort"``, which kills this process.
+            errno: What the client sees, where the kernel carries it.
+            delay: Seconds, or the least and the most of them.
+            ops: Of ``"read"``, ``"write"``, ``"flush"``, ``"trim"`` and ``"zero"``. Default all.
+            range: First byte, and the one after the last. Default the whole disk.
+            probability: 0 to 1.
+            every: 1 for all.
+            skip: How many are passed over.
+            limit: How often at most. Default without end.
+
+        Raises:
+            ValueError: An argument is out of its range.
+        """
+    def remove(self, rule: int) -> bool:
+        """Takes a rule away; False if it is gone."""
+    def clear(self) -> None:
+        """Takes all rules away. What is held stays held."""
+    def seed(self, seed: int) -> None:
+        """Starts the sequence of random numbers again."""
+    def release(self) -> int:
+        """Lets all requests go on that are held, and returns how many those were."""
+    @property
+    def held(self) -> int:
+        """How many requests are held now."""
+    def wait_held(self, count: int = 1, timeout: float = 30.0) -> bool:
+        """Waits until at least ``count`` requests are held; False if they are not within ``timeout`` seconds."""
+    @property
+    def injected(self) -> dict[str, float]:
+        """What has been done so far: ``errors``, ``delays``, ``delayed`` (seconds), ``drops``, ``holds``, ``panics``."""
+
+@final
+class WriteCache:
+    """A `Mem` behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
+
+    Args:
+        backend: What is behind it.
+        capacity: Bytes that the cache holds; when it is full, all is passed on. Default 256 MiB.
+    """
+
+    def __new__(cls, backend: Mem, *, capacity: _Size | None = None) -> WriteCache: ...
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+    def cut(self) -> int:
+        """Cuts the power: what is not durable is lost, and requests fail with EIO until `restore`. Returns the bytes lost."""
+    def cut_some(self, probability: float, seed: int = 0) -> tuple[int, int]:
+        """As `cut`, but each sector survives with ``probability``. Returns the bytes lost and those that survived.
+
+        Raises:
+            ValueError: The probability is not from 0 to 1.
+        """
+    def restore(self) -> None:
+        """Requests are served again, from what has survived."""
+    @property
+    def is_on(self) -> bool:
+        """Whether the power is on."""
+    @property
+    def unflushed(self) -> int:
+        """Bytes that a cut would lose now."""
 
 @final
 class ZonedMem:
