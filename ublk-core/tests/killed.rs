@@ -86,17 +86,10 @@ fn server_process() {
             disk::idle();
         }
         // Its whole life again and again, so that a kill meets any moment of it.
-        "passing" | "passing by force" => loop {
+        "passing" => loop {
             let running = ram().start().unwrap();
             disk::say(&format!("ready {}", running.id()));
-            match role.as_str() {
-                "passing" => running.stop(SOON).unwrap(),
-                // Time for the client to get at it.
-                _ => {
-                    std::thread::sleep(Duration::from_millis(5));
-                    running.stop_force(SOON).unwrap()
-                }
-            };
+            running.stop(SOON).unwrap();
         },
         "clear" => clear_all(),
         other => panic!("no role {other}"),
@@ -117,23 +110,16 @@ fn server(role: &str) -> (Server, u32) {
     (server, id)
 }
 
-/// Kills a server that brings disks up and down all the time, a little later in the disk's life each time.
-fn killed_in_passing(role: &str) {
+/// Nobody uses the disk: SIGKILL of a server whose STOP waits for a client's request is a dead end of the kernel, which
+/// `docs/gotchas.md` describes.
+#[test]
+fn a_server_killed_while_it_stops_leaves_what_can_be_deleted() {
     for round in 0..20 {
-        let (mut server, id) = server(role);
-        // Not in the server's own process: that would not end while a thread of it waits for its own disk.
-        let writes = move || {
-            let client = Client::try_open(Path::new(&format!("/dev/ublkb{id}")));
-            while client.as_ref().is_ok_and(|client| client.write(4096, &[1; 4096]).is_ok()) {}
-        };
-        let client = (role != "passing").then(|| std::thread::spawn(writes));
+        let (mut server, _) = server("passing");
         // From the middle of a stop to well into the next start, on a fast machine and a slow one.
         std::thread::sleep(Duration::from_micros(400 * round * round));
         server.kill();
         server.wait();
-        if let Some(client) = client {
-            bounded("the client gets its error", move || client.join().unwrap());
-        }
         bounded("the deletion", || {
             let control = Control::open().unwrap();
             for id in devices() {
@@ -149,16 +135,6 @@ fn killed_in_passing(role: &str) {
     let disk = bounded("another start", || ram().start().unwrap());
     disk.stop(SOON).unwrap();
     no_devices();
-}
-
-#[test]
-fn a_server_killed_while_it_stops_leaves_what_can_be_deleted() {
-    killed_in_passing("passing");
-}
-
-#[test]
-fn a_server_killed_while_it_stops_by_force_under_load_leaves_what_can_be_deleted() {
-    killed_in_passing("passing by force");
 }
 
 /// Deletes what a dead server left, in whatever state it is by then.
