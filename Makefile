@@ -37,7 +37,7 @@ build: setup ## Build everything, optimised; the Python package ends in .venv
 install: ## Install the C library (PREFIX=/usr/local DESTDIR=)
 	@$(MAKE) --no-print-directory -C ublk-capi install
 
-demo: setup ## Bring up a disk, put a filesystem on it, restart it, verify
+demo: setup ## Bring up disks from Python, put filesystems on them, restart, verify
 	@$(VENV_PYTHON) -m ublk_rig.demo
 
 lint: setup ## Formatting, lints, documentation, types
@@ -60,7 +60,7 @@ test-full: ## Everything, every combination, and the soaks; makes the README's t
 	@$(MAKE) --no-print-directory vm-test PYTEST_ARGS="--full $(PYTEST_ARGS)"
 	@$(VENV_PYTHON) -m ublk_rig.support
 
-bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk
+bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk; Python's against nbdkit
 	@$(VENV_PYTHON) -m ublk_rig.bench
 
 kernels: setup ## Fetch the newest kernels to test on
