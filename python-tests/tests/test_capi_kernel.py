@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ublk_rig import capi, served, testdisk, valgrind
-from ublk_rig.guest import CommandFailed
+from ublk_vm.guest import CommandFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
