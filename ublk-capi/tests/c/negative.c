@@ -7,6 +7,11 @@
 #define _GNU_SOURCE
 #include "check.h"
 
+#if !UBLK_RS_HAVE_SUBMIT || !UBLK_RS_HAVE_DISPATCH || !UBLK_RS_HAVE_RECOVERY || !UBLK_RS_HAVE_ZONED || \
+    !UBLK_RS_HAVE_INTEGRITY || !UBLK_RS_HAVE_REGISTER_SQE || !UBLK_RS_HAVE_SHARE || UBLK_RS_VERSION < 0x000100
+#error "the header does not say what it has"
+#endif
+
 /* ---- a backend that is told what to do ---- */
 
 static struct {
