@@ -1036,7 +1036,7 @@ int ublk_rs_device_new_target(const char *target, ublk_rs_device **device, ublk_
  * No other function may be at work on the device, and none may come. Buffers of requests that were never completed end
  * with it. In a forked child nothing happens, and destroy is not called.
  *
- * Waits: for requests in progress, ten seconds or so at most. Not from a callback.
+ * Waits: for requests in progress, five seconds at most, and some twenty if a callback is stuck. Not from a callback.
  *
  * @param device  the device
  * @return 0; -EDEADLK from inside of a callback, and the device is as before

@@ -109,7 +109,7 @@ pub unsafe extern "C" fn ublk_rs_device_new_target(
 /// No other function may be at work on the device, and none may come. Buffers of requests that were never completed end
 /// with it. In a forked child nothing happens, and destroy is not called.
 ///
-/// Waits: for requests in progress, ten seconds or so at most. Not from a callback.
+/// Waits: for requests in progress, five seconds at most, and some twenty if a callback is stuck. Not from a callback.
 ///
 /// @param device  the device
 /// @return 0; -EDEADLK from inside of a callback, and the device is as before

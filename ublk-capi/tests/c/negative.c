@@ -7,6 +7,11 @@
 #define _GNU_SOURCE
 #include "check.h"
 
+#if !UBLK_RS_HAVE_SUBMIT || !UBLK_RS_HAVE_DISPATCH || !UBLK_RS_HAVE_RECOVERY || !UBLK_RS_HAVE_ZONED || \
+    !UBLK_RS_HAVE_INTEGRITY || !UBLK_RS_HAVE_REGISTER_SQE || !UBLK_RS_HAVE_SHARE || UBLK_RS_VERSION < 0x000100
+#error "the header does not say what it has"
+#endif
+
 /* ---- a backend that is told what to do ---- */
 
 static struct {
@@ -711,6 +716,36 @@ static void busy(void) {
     ublk_rs_error_free(error);
 }
 
+/* Stuck in a callback until it is let go. */
+static atomic_int let_go, stuck_now;
+static int stuck_submit(void *user, ublk_rs_device *device, uint64_t request, const ublk_rs_io *io) {
+    CHECK(user == &it);
+    if (io->op == UBLK_RS_OP_READ && io->offset == 8 << 20) {
+        stuck_now = 1;
+        while (!let_go) nap();
+        /* The device was freed meanwhile, but not from under this callback. */
+        EQUAL(ublk_rs_request_complete(device, request, 0), -ESTALE);
+        return 0;
+    }
+    return ublk_rs_request_complete(device, request, 0);
+}
+
+static void stuck(void) {
+    const ublk_rs_backend backend = {.size = sizeof backend, .submit = stuck_submit, .destroy = destroy};
+    struct client client;
+    ublk_rs_device *device = started(&backend);
+    client_start(&client, ublk_rs_device_path(device), 0, 8 << 20);
+    while (!stuck_now) nap();
+    double began = seconds();
+    EQUAL(ublk_rs_device_free(device), 0);
+    CHECK(seconds() - began < 30 * scale());
+    EQUAL(client_end(&client), EIO);
+    EQUAL(it.destroyed, 0);
+    let_go = 1;
+    for (double until = seconds() + 20 * scale(); !it.destroyed && seconds() < until;) nap();
+    EQUAL(it.destroyed, 1);
+}
+
 static void targets(void) {
     char path[] = "/dev/shm/ublk-capi-XXXXXX";
     int file = mkstemp(path);
@@ -758,7 +793,8 @@ static const struct {
              {"in-callbacks", in_callbacks},
              {"dispatching", dispatching},
              {"busy", busy},
-             {"targets", targets}};
+             {"targets", targets},
+             {"stuck", stuck}};
 
 int main(int argc, char **argv) {
     EQUAL(ublk_rs_version(), UBLK_RS_VERSION);
