@@ -47,7 +47,7 @@ host-test: setup ## Tests that need no ublk driver
 	@$(VENV_PYTHON) -m ublk_rig.checks host
 
 vm-test: setup ## Tests on real kernels
-	@$(PYTEST) $(PYTEST_ARGS) python-tests
+	@$(PYTEST) $(PYTEST_ARGS) python-tests/tests
 
 test: ## Everything: lint, host tests, tests on real kernels
 	@$(MAKE) --no-print-directory lint
