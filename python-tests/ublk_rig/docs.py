@@ -112,11 +112,13 @@ class _Request:
 
         self._came = threading.Event()
         self._request: Any = None
+        # The kernel's own look for partitions comes before, and the start waits for its end.
+        self._armed = False
         outer = self
 
         class Keeper:
             def handle(self, request: Any) -> None:  # noqa: ANN401
-                if request.offset == 8192 and outer._request is None:
+                if request.offset == 8192 and outer._armed and outer._request is None:
                     outer._request = request
                     outer._came.set()
                 else:
@@ -126,6 +128,7 @@ class _Request:
 
     def __enter__(self) -> Any:  # noqa: ANN401
         self.device.start()
+        self._armed = True
         self._client = threading.Thread(target=self._read)
         self._client.start()
         if not self._came.wait(60):
