@@ -67,6 +67,8 @@ class User:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A shell's background jobs ignore Ctrl-C, and so would this, if the tests are one.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *options: str) -> tuple[int, str]:
