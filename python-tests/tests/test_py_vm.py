@@ -61,14 +61,13 @@ class User:
     def start(self, *options: str) -> subprocess.Popen[str]:
         """Both of its streams come by one pipe."""
         return subprocess.Popen(
-            [*self._argv, *options],
+            # A shell's background jobs ignore Ctrl-C, and so would this, if the tests are one.
+            ["env", "--default-signal=INT", *self._argv, *options],
             cwd=self.where,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # A shell's background jobs ignore Ctrl-C, and so would this, if the tests are one.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *options: str) -> tuple[int, str]:
