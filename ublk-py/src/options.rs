@@ -90,7 +90,9 @@ impl Spec {
             return Err(PyValueError::new_err(format!("threads={threads}: at most 1024")));
         }
         if let Some(id) = options.get::<u32>("id")?.filter(|id| *id >= MINORS) {
-            return Err(PyValueError::new_err(format!("id={id}: below {MINORS}, the driver's minors")));
+            return Err(PyValueError::new_err(format!(
+                "id={id}: below {MINORS}, the driver's minors"
+            )));
         }
         let (mut builder, server) = match backend.cast::<Calls>() {
             Ok(calls) => {

@@ -190,10 +190,8 @@ impl Request {
     fn _returned(&self, py: Python<'_>, value: Bound<'_, PyAny>) -> PyResult<()> {
         let inner = self.take()?;
         // Gone: a stop was faster.
-        let _ = self
-            .sink
-            .judge(py, &inner, Ok(value))
-            .give(inner, self.buffer.as_ref().map(Py::get));
+        let _ =
+            self.sink.judge(py, &inner, Ok(value)).give(inner, self.buffer.as_ref().map(Py::get));
         Ok(())
     }
 

@@ -68,7 +68,8 @@ impl QueueHandler for Handler {
                 let made = Request::new(py, request, Arc::clone(sink));
                 match made.and_then(|request| Bound::new(py, request)) {
                     Ok(request) => {
-                        let handed = sink.serving(|| calls.get().hand(py, request.clone().into_any()));
+                        let handed =
+                            sink.serving(|| calls.get().hand(py, request.clone().into_any()));
                         if let Err(error) = handed {
                             request.get().handler_raised(py, &error);
                         }

@@ -165,6 +165,12 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.002)
 
 
+def gone(device: ublk.Device) -> None:
+    """Its nodes are: a promise for the moment at which a stop returns. The driver frees its number when it likes."""
+    assert not os.path.exists(device.path)  # noqa: PTH110
+    assert not os.path.exists(f"/dev/ublkc{device.id}")  # noqa: PTH110
+
+
 class Gate:
     """A backend whose reads wait until they may go on."""
 
