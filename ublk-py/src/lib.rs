@@ -35,7 +35,7 @@ mod _native {
     #[pymodule_export]
     use super::calls::Calls;
     #[pymodule_export]
-    use super::device::{Device, Workers};
+    use super::device::{Device, Workers, finish_endings};
     #[pymodule_export]
     use super::log::{close_log, forked, next_record};
     #[pymodule_export]
