@@ -3,6 +3,7 @@
 #   RIG=qemu|host|auto   where kernel tests run (default: qemu, which is where both kernels are)
 #   KERNELS=6.12,7.3     on which kernels
 #   PYTEST_ARGS=...      handed to pytest
+#   PREFIX=, DESTDIR=    where the C library is installed
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -21,7 +22,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest -c python-tests/pyproject.toml --rootdir python-tests \
 	--rig=$(RIG) $(if $(KERNELS),--kernels=$(KERNELS))
 
-.PHONY: help setup build demo lint host-test vm-test test test-full bench kernels clean
+.PHONY: help setup build install demo lint host-test vm-test test test-full bench kernels clean
 
 help: ## List what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -33,7 +34,10 @@ setup: ## Install what is missing (Debian packages, .venv with our package) and 
 build: setup ## Build everything, optimised; the Python package ends in .venv
 	cargo build --release --workspace --exclude ublk-py
 
-demo: setup ## Bring up a disk, put a filesystem on it, restart it, verify
+install: ## Install the C library (PREFIX=/usr/local DESTDIR=)
+	@$(MAKE) --no-print-directory -C ublk-capi install
+
+demo: setup ## Bring up disks from Python, put filesystems on them, restart, verify
 	@$(VENV_PYTHON) -m ublk_rig.demo
 
 lint: setup ## Formatting, lints, documentation, types
@@ -43,19 +47,20 @@ host-test: setup ## Tests that need no ublk driver
 	@$(VENV_PYTHON) -m ublk_rig.checks host
 
 vm-test: setup ## Tests on real kernels
-	@$(PYTEST) $(PYTEST_ARGS) python-tests
+	@$(PYTEST) $(PYTEST_ARGS) python-tests/tests
 
 test: ## Everything: lint, host tests, tests on real kernels
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory host-test
 	@$(MAKE) --no-print-directory vm-test
 
-test-full: ## Everything, every combination, and the soaks
+test-full: ## Everything, every combination, and the soaks; makes the README's table
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory host-test
 	@$(MAKE) --no-print-directory vm-test PYTEST_ARGS="--full $(PYTEST_ARGS)"
+	@$(VENV_PYTHON) -m ublk_rig.support
 
-bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk
+bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk; Python's against nbdkit
 	@$(VENV_PYTHON) -m ublk_rig.bench
 
 kernels: setup ## Fetch the newest kernels to test on

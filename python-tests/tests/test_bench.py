@@ -16,7 +16,7 @@ def test_ratios_are_taken_within_rounds() -> None:
     # Half of the other's speed in every round, though the rounds differ.
     results[1] = measured("ublk null", 500, 1500, 1000)
     results[1].idle = bench.Memory(3 << 20, 2 << 20)
-    lines = bench.table(results).splitlines()
+    lines = bench.table(bench.CONTEST, results).splitlines()
     assert any(line.startswith("| ublk null ") and "1.0 (0.5-1.5)" in line and "3.0 MiB" in line for line in lines)
     assert next(line for line in lines if "ublk null / null_blk" in line).count("0.50 (0.50-0.50)") == 4
     assert "3 times" in bench.doubts(results)

@@ -12,7 +12,7 @@ from ublk_rig import testdisk
 from ublk_rig.load import eventually
 
 if TYPE_CHECKING:
-    from ublk_rig.guest import Guest
+    from ublk_vm.guest import Guest
 
 SIZE = 16 << 20
 

@@ -47,6 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.vm(smp=4)
+@pytest.mark.time_limit(400)
 def test_what_fio_writes_it_reads_back(guest: Guest, row: Row) -> None:
     service, bs, queues, depth = row["service"].split(), row["bs"], row["queues"], row["depth"]
     options = [*service, f"size={JOBS * AREA}", f"queues={queues}", f"depth={depth}", f"block={row['block']}"]
@@ -63,7 +64,8 @@ def test_what_fio_writes_it_reads_back(guest: Guest, row: Row) -> None:
                 *("--cpus_allowed=0-3", "--cpus_allowed_policy=split", "--group_reporting"),
                 *("--verify=crc32c", "--verify_fatal=1", "--verify_backlog=1024", "--randrepeat=1"),
             ],
-            timeout=90,
+            # Some seconds, unless others use the processor as well.
+            timeout=200,
         )
         assert disks.ready[-1]["queues"] == queues
         stats = disks.stats()

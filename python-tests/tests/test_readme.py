@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import layout, served, support, testdisk
+from ublk_rig import capi, layout, served, support, testdisk
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +31,10 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_ramdisk_of_the_readme_is_the_example() -> None:
     assert (EXAMPLES / "ramdisk.rs").read_text() in blocks(layout.TREE / "README.md", "rust")
+
+
+def test_the_ramdisk_in_c_of_the_readme_is_the_example() -> None:
+    assert (capi.EXAMPLES / "ramdisk.c").read_text() in blocks(layout.TREE / "README.md", "c")
 
 
 def test_the_readme_has_a_place_for_the_table() -> None:

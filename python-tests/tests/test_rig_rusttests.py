@@ -34,7 +34,8 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "src/lib.rs").write_text("")
     (tmp_path / "tests/elsewhere.rs").write_text("#[test] fn needs_no_kernel() {}")
     (tmp_path / "tests/on_kernel.rs").write_text(
-        "#[test] fn quick() {}\nmod m { #[test] fn inner() {} }\n#[test] #[ignore] fn soak() {}"
+        "#[test] fn quick() {}\nmod m { #[test] fn inner() {} }\n#[test] #[ignore] fn soak() {}\n"
+        "#[test] fn server_process() {}"
     )
     return tmp_path
 

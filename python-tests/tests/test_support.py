@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ublk_rig import support
+from ublk_rig import layout, support
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,7 @@ def outcome(name: str, kernel: str | None, result: str = "passed") -> dict[str, 
 
 
 def summary(*tests: dict[str, Any]) -> dict[str, Any]:
-    return {"tests": list(tests)}
+    return {"tests": list(tests), "whole": True}
 
 
 def row(table: str, words: str) -> str:
@@ -70,10 +71,39 @@ def test_only_the_block_is_replaced(tmp_path: Path) -> None:
         assert "\nold\n" not in text
 
 
+def test_every_kernel_test_of_this_run_has_its_row(request: pytest.FixtureRequest) -> None:
+    items = [item for item in request.session.items if "guest" in getattr(item, "fixturenames", ())]
+    names = {item.nodeid for item in items if not support.RIG.search(item.nodeid)}
+    assert {name for name in names if support.row_of(name) is None} == set()
+
+
+def test_the_table_in_the_readme_has_the_rows_of_today() -> None:
+    block = (layout.TREE / "README.md").read_text().partition(support.BEGIN)[2].partition(support.END)[0]
+    rows = re.findall(r"^\| ([^|]+) \|", block, re.MULTILINE)
+    if "Not made yet" not in block:
+        assert rows == [c.name for c in support.CAPABILITIES], "make it again: python -m ublk_rig.support"
+        assert "**no**" not in block
+
+
+def test_what_was_measured_is_stated() -> None:
+    measured = outcome("test_disk_life.py::test_a", "7.3") | {"properties": {"KiB for an idle disk": 18}}
+    more = outcome("test_disk_life.py::test_b", "7.3") | {"properties": {"KiB for an idle disk": 20}}
+    assert "KiB for an idle disk: 20 on Linux 7.3." in support.render(support.collect(summary(measured, more)))
+
+
+def test_a_run_of_some_of_the_tests_makes_no_table(tmp_path: Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "summary.json"
+    readme.write_text(f"{support.BEGIN}{support.END}")
+    results.write_text(json.dumps(summary(outcome("test_readme.py::test_a", "7.3")) | {"whole": False}))
+    assert support.main([str(results), "--readme", str(readme)]) == 1
+    assert support.main([str(results), "--readme", str(readme), "--partial"]) == 0
+    assert "ramdisk" in readme.read_text()
+
+
 @pytest.mark.parametrize("tests", [[], [outcome("test_rig_vm.py::test_a", "7.3")]])
 def test_without_results_the_readme_stays(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
     readme, results = tmp_path / "README.md", tmp_path / "summary.json"
     readme.write_text("as it was")
-    results.write_text(json.dumps({"tests": tests}))
+    results.write_text(json.dumps(summary(*tests)))
     assert support.main([str(results), "--readme", str(readme)]) == 1
     assert readme.read_text() == "as it was"

@@ -1,4 +1,4 @@
-"""`make bench`: our disks against the kernel's own, in one guest, as medians of interleaved rounds.
+"""`make bench`: our disks against the kernel's own, and Python's against nbdkit's, as medians of interleaved rounds.
 
 Every round measures every contestant once, so that a machine which slows down half-way slows all of them, and each
 round begins with another one. Figures from an emulated processor compare with each other and with nothing else.
@@ -14,7 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from ublk_rig import layout, served, session
+from ublk_rig import bench_python, capi, layout, served, session
+from ublk_rig.contest import Contest, Contestant, Disk, Workload
 from ublk_vm import kernels
 from ublk_vm.channel import MachineDied
 from ublk_vm.guest import CommandFailed, CommandTimeout, Guest
@@ -29,35 +30,6 @@ DISK_BYTES = 256 << 20
 QUEUES, DEPTH = 1, 128
 # Rounds that differ by more than this were not under the same conditions.
 STEADY = 2.0
-
-
-@dataclass(frozen=True)
-class Disk:
-    """A disk that is up: where it is, and who serves it (None: the kernel)."""
-
-    path: str
-    server_pid: int | None = None
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A kind of disk, how to bring one up, and whether it is written once before it is measured."""
-
-    name: str
-    up: Callable[[Guest], AbstractContextManager[Disk]]
-    fill: bool = False
-    # What earlier drivers do not have.
-    newest: bool = False
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One fio job."""
-
-    name: str
-    rw: str
-    bs: str
-    iodepth: int
 
 
 WORKLOADS = (
@@ -129,11 +101,27 @@ def our_file(*options: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
     return up
 
 
+def in_c(style: str) -> Callable[[Guest], AbstractContextManager[Disk]]:
+    """A disk that keeps nothing, served through the C library."""
+
+    @contextmanager
+    def up(guest: Guest) -> Iterator[Disk]:
+        program = capi.program(capi.TESTS / "null.c")
+        guest.run("modprobe ublk_drv")
+        argv = [str(program), style, f"size={DISK_BYTES}", f"queues={QUEUES}", f"queue_depth={DEPTH}"]
+        with served.serving(guest, argv) as (server, path):
+            yield Disk(path, server.pid)
+
+    return up
+
+
 # A page or chunk that was never written is read without being copied: what keeps data is filled first.
 CONTESTANTS = (
     Contestant("null_blk", null_blk),
     Contestant("ublk null", ours("null")),
     Contestant("ublk null, batch", ours("null", "batch=1"), newest=True),
+    Contestant("ublk null in C", in_c("calls")),
+    Contestant("ublk null in C, submit", in_c("submit")),
     Contestant("brd", brd, fill=True),
     Contestant("loop on tmpfs", loop, fill=True),
     Contestant("ublk mem", ours("mem"), fill=True),
@@ -144,6 +132,8 @@ CONTESTANTS = (
 RATIOS = (
     ("ublk null", "null_blk"),
     ("ublk null, batch", "ublk null"),
+    ("ublk null in C", "ublk null"),
+    ("ublk null in C, submit", "ublk null"),
     ("ublk mem", "brd"),
     ("ublk mem", "loop on tmpfs"),
     ("ublk mem, user copy", "ublk mem"),
@@ -151,6 +141,8 @@ RATIOS = (
     ("ublk file on tmpfs", "ublk file on tmpfs, copied"),
     ("loop on tmpfs", "brd"),
 )
+CONTEST = Contest("Rust", DISK_BYTES, CONTESTANTS, WORKLOADS, RATIOS)
+CONTESTS = (CONTEST, bench_python.CONTEST)
 # Disks on shared workers, to see what one more takes.
 CROWD = 64
 
@@ -176,9 +168,9 @@ def _options(workload: Workload) -> list[str]:
     return [f"--rw={workload.rw}", f"--bs={workload.bs}", f"--iodepth={workload.iodepth}"]
 
 
-def _fill(guest: Guest, disk: Disk) -> None:
+def _fill(guest: Guest, disk: Disk, size: int) -> None:
     how = ["--name=fill", *_options(Workload("fill", "write", "1m", 8)), "--ioengine=io_uring", "--direct=1"]
-    guest.run(["fio", *how, f"--filename={disk.path}", f"--size={DISK_BYTES}"], timeout=120)
+    guest.run(["fio", *how, f"--filename={disk.path}", f"--size={size}"], timeout=120)
 
 
 def iops_of(output: str) -> dict[str, float]:
@@ -187,13 +179,19 @@ def iops_of(output: str) -> dict[str, float]:
     return {job["jobname"]: float(job["read"]["iops"]) + float(job["write"]["iops"]) for job in jobs}
 
 
-def _round(guest: Guest, disk: Disk, measured: Measured, secs: float) -> None:
+def _round(guest: Guest, contest: Contest, disk: Disk, measured: Measured, secs: float) -> None:
     """All workloads, one after the other, in one fio: under emulation its start takes seconds."""
     argv = ["fio", "--output-format=json", "--ioengine=io_uring", "--direct=1", "--gtod_reduce=1", "--norandommap"]
-    argv += [f"--filename={disk.path}", f"--size={DISK_BYTES}", "--time_based", f"--runtime={secs:g}", "--thread"]
-    for workload in WORKLOADS:
+    argv += [
+        f"--filename={disk.path}",
+        f"--size={contest.disk_bytes}",
+        "--time_based",
+        f"--runtime={secs:g}",
+        "--thread",
+    ]
+    for workload in contest.workloads:
         argv += [f"--name={workload.name}", "--stonewall", *_options(workload)]
-    done = guest.run(argv, timeout=60 + 3 * secs * len(WORKLOADS))
+    done = guest.run(argv, timeout=60 + 3 * secs * len(contest.workloads))
     for name, iops in iops_of(done.out).items():
         if not iops:
             raise CommandFailed(f"{measured.contestant}: no I/O in {name}: {done}")
@@ -207,32 +205,32 @@ def memory_of(status: str) -> Memory:
     return Memory(kib["VmHWM:"] << 10, kib["VmRSS:"] << 10)
 
 
-def _up(guest: Guest, contestant: Contestant, stack: ExitStack) -> tuple[Disk, Measured]:
+def _up(guest: Guest, contestant: Contestant, size: int, stack: ExitStack) -> tuple[Disk, Measured]:
     disk = stack.enter_context(contestant.up(guest))
     measured = Measured(contestant.name)
     if disk.server_pid is not None:
         # Before any of its contents count.
         measured.idle = memory_of(guest.run(["cat", f"/proc/{disk.server_pid}/status"]).out)
     if contestant.fill:
-        _fill(guest, disk)
+        _fill(guest, disk, size)
     return disk, measured
 
 
-def measure(guest: Guest, rounds: int, secs: float, say: Callable[[str], None]) -> list[Measured]:
+def measure(guest: Guest, contest: Contest, rounds: int, secs: float, say: Callable[[str], None]) -> list[Measured]:
     """All contestants side by side."""
     with ExitStack() as stack:
         found = []
-        for contestant in CONTESTANTS:
+        for contestant in contest.contestants:
             if contestant.newest and not guest.release.startswith(kernels.SERIES[-1]):
                 say(f"without {contestant.name}: Linux {guest.release} is too old")
                 continue
             say(f"bringing up {contestant.name}")
-            found.append(_up(guest, contestant, stack))
+            found.append(_up(guest, contestant, contest.disk_bytes, stack))
         for n in range(rounds):
             first = n % len(found)
             for disk, measured in found[first:] + found[:first]:
                 say(f"round {n + 1} of {rounds}: {measured.contestant}")
-                _round(guest, disk, measured, secs)
+                _round(guest, contest, disk, measured, secs)
     return [measured for _, measured in found]
 
 
@@ -261,16 +259,16 @@ def _mib(count: int) -> str:
     return f"{count / (1 << 20):.1f} MiB"
 
 
-def table(results: list[Measured]) -> str:
+def table(contest: Contest, results: list[Measured]) -> str:
     """Medians (and extremes) in thousands of I/Os a second with each idle server's memory; then the ratios."""
-    names = [w.name for w in WORKLOADS]
+    names = [w.name for w in contest.workloads]
     rows = [["kIOPS, median (least-most)", *names, "idle server: peak (VmHWM)", "resident (VmRSS)"]]
     for m in results:
         memory = [_mib(m.idle.peak), _mib(m.idle.resident)] if m.idle else ["", ""]
         rows.append([m.contestant, *(_spread([n / 1000 for n in m.iops[name]], ".1f") for name in names), *memory])
     by_name = {m.contestant: m for m in results}
     ratios = [["ratio, median over the rounds (least-most)", *names]]
-    for ours_, theirs in RATIOS:
+    for ours_, theirs in contest.ratios:
         if ours_ not in by_name or theirs not in by_name:
             continue
         # Within a round both met the same load, or nearly.
@@ -285,7 +283,7 @@ def doubts(results: list[Measured]) -> str:
     if spread < STEADY:
         return ""
     return (
-        f"\n\nThe same thing was up to {spread:.0f} times as fast in one round as in another: something else used the"
+        f"The same thing was up to {spread:.0f} times as fast in one round as in another: something else used the"
         " machine. Measure again when it is idle, with more --rounds, or with --icount."
     )
 
@@ -294,7 +292,8 @@ def conditions(guest: Guest, rounds: int, secs: float, *, icount: bool) -> str:
     """Under which circumstances this was measured."""
     text = (
         f"Linux {guest.release}, {guest.cpus} CPUs; {rounds} rounds of {secs:g} s each; disks of"
-        f" {DISK_BYTES >> 20} MiB; ublk disks and null_blk with {QUEUES} queue of depth {DEPTH}."
+        f" {DISK_BYTES >> 20} MiB ({bench_python.DISK_BYTES >> 20} MiB of Python's); ublk disks and null_blk with"
+        f" {QUEUES} queue of depth {DEPTH}."
     )
     if guest.emulated:
         text += " The processor is emulated: compare the figures with each other and with nothing else."
@@ -309,6 +308,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--secs", type=float, default=2.0, help="per contestant, workload and round")
     parser.add_argument("--kernel", default=kernels.SERIES[-1])
+    parser.add_argument("--table", choices=[c.name for c in CONTESTS], help="only this one")
+    parser.add_argument("--only", default="", help="contestants whose name begins with this")
     parser.add_argument("--icount", action="store_true", help="count instructions: the same figures under any load")
     given = parser.parse_args(argv)
     shape = Shape(smp=1 if given.icount else 2, mem="3G", icount=given.icount)
@@ -320,21 +321,28 @@ def main(argv: list[str]) -> int:
         say("building the servers (cargo example bench_disk)")
         # Before a guest looks at the host's files.
         served.build_example("bench_disk")
+        capi.program(capi.TESTS / "null.c")
         with session.machine(shape, given.kernel, say, only_guests=True) as guest:
-            results = measure(guest, given.rounds, given.secs, say)
-            say("many disks")
-            many = crowd(guest)
+            contests = [c.only(given.only) for c in CONTESTS if given.table in {None, c.name}]
+            results = {c.name: measure(guest, c, given.rounds, given.secs, say) for c in contests}
+            many = ""
+            if CONTEST in contests:
+                say("many disks")
+                many = crowd(guest)
             under = conditions(guest, given.rounds, given.secs, icount=given.icount)
     except (
-        *(served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
+        *(capi.CannotBuild, served.NoSuchExample, served.ServerMisbehaved, kernels.KernelError, MachineDied),
         *(CommandFailed, CommandTimeout, NothingInTime, ProcessEnded),
     ) as e:
         print(f"bench: FAILED: {e}", file=sys.stderr)
         return 1
     layout.ARTIFACTS.mkdir(exist_ok=True)
-    kept = {"conditions": under, "crowd": many, "results": [asdict(m) for m in results]}
-    (layout.ARTIFACTS / "bench.json").write_text(json.dumps(kept, indent=1) + "\n")
-    print(f"{under}\n\n{table(results)}\n\n{many}{doubts(results)}")
+    kept = {"conditions": under, "crowd": many}
+    figures = {name: [asdict(m) for m in measured] for name, measured in results.items()}
+    (layout.ARTIFACTS / "bench.json").write_text(json.dumps({**kept, **figures}, indent=1) + "\n")
+    tables = [table(contest, results[contest.name]) for contest in contests]
+    unsteady = doubts([m for measured in results.values() for m in measured])
+    print("\n\n".join(text for text in (under, *tables, many, unsteady) if text))
     return 0
 
 

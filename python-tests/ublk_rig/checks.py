@@ -93,6 +93,8 @@ def _loom_env() -> dict[str, str]:
 
 LOOM = ["cargo", "test", "--quiet", "--release", "-p", "ublk-core", "--lib", "loom"]
 MIRI = ["cargo", "+nightly", "miri", "test", "--quiet", "-p", "ublk-core", "--lib"]
+# Of the C library, what keeps requests by number; the rest calls C.
+MIRI_CAPI = ["cargo", "+nightly", "miri", "test", "--quiet", "-p", "ublk-capi", "--lib", "table"]
 
 
 def _no_loom() -> str:
@@ -115,6 +117,11 @@ def host() -> list[Check]:
             "miri",
             MIRI,
             {"MIRIFLAGS": "-Zmiri-disable-isolation"},
+            absent=_needs("no nightly toolchain with miri", "cargo", "+nightly", "miri", "--version"),
+        ),
+        Check(
+            "miri, the C library's table",
+            MIRI_CAPI,
             absent=_needs("no nightly toolchain with miri", "cargo", "+nightly", "miri", "--version"),
         ),
         Check(

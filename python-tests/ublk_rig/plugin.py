@@ -301,6 +301,15 @@ def _keep(rig: Rig, item: pytest.Item, report: pytest.TestReport, given: Guest) 
         report.sections.append(("ublk rig", f"kept in {folder}"))
 
 
+def is_whole(session: pytest.Session, labels: list[str]) -> bool:
+    """Whether the run had every test on every kernel, and came to its end."""
+    config = session.config
+    chosen = config.option.keyword or config.option.markexpr or any("::" in arg for arg in config.args)
+    folders = all(Path(arg).is_dir() for arg in config.args)
+    ended = all(test.outcome != "not run" for test in config.stash[_RIG].tally.tests.values())
+    return bool(folders and ended and not chosen and set(kernels.SERIES) <= set(labels))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """End the machines; a run that tested no kernel is no pass."""
@@ -313,7 +322,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         pytest.ExitCode.NO_TESTS_COLLECTED,
     ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    facts = {"rig": "host" if rig.on_host else "qemu", "kernels": rig.labels, "boots": rig.pool.boots}
+    facts = {
+        "rig": "host" if rig.on_host else "qemu",
+        "kernels": rig.labels,
+        "boots": rig.pool.boots,
+        "whole": is_whole(session, rig.labels),
+    }
     rig.tally.write(rig.artifacts / "summary.json", facts)
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 FEATURE = "kernel-tests"
+# What a test binary is when it is started again as the server of one of its tests: no test of its own.
+ROLE = "server_process"
 
 
 class BuildFailed(Exception):
@@ -98,7 +100,8 @@ def cases(workspace: Path) -> tuple[Case, ...]:
                 continue
             ignored = set(_list(binary, "--ignored"))
             package_dir = Path(message["manifest_path"]).parent
-            found += [Case(binary, target["name"], name, name in ignored, package_dir) for name in _list(binary)]
+            names_here = [name for name in _list(binary) if name.rpartition("::")[2] != ROLE]
+            found += [Case(binary, target["name"], name, name in ignored, package_dir) for name in names_here]
     if not found:
         raise BuildFailed(f"{workspace}: no test needs the feature {FEATURE}; expected some")
     return tuple(found)

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from ublk_vm.channel import MachineDied
 from ublk_vm.process import NothingInTime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ublk_vm.guest import Guest
     from ublk_vm.process import Process
@@ -78,8 +79,17 @@ def stop(server: Process) -> None:
         raise ServerMisbehaved(f"{server.argv[0]} ended with {code}; stderr: {server.err}")
 
 
+def interrupt(server: Process) -> None:
+    """Stop a Python program by Ctrl-C, which `Device` makes a clean end of, and Python a death by SIGINT."""
+    server.kill(signal.SIGINT)
+    if (code := server.wait(STOP_SECS)) not in {0, -signal.SIGINT}:
+        raise ServerMisbehaved(f"{server.argv[0]} ended with {code}; stderr: {server.err}")
+
+
 @contextmanager
-def serving(guest: Guest, argv: Sequence[str | Path]) -> Iterator[tuple[Process, str]]:
+def serving(
+    guest: Guest, argv: Sequence[str | Path], stop: Callable[[Process], None] = stop
+) -> Iterator[tuple[Process, str]]:
     """A served disk for the length of a block."""
     server, device = start(guest, argv)
     with server:

@@ -36,22 +36,29 @@ class Capability:
 # The first row that matches a test claims it: the special before the general.
 CAPABILITIES = (
     Capability("The README's ramdisk: mkfs, mount, write, read back", r"test_readme\.py"),
+    Capability("The Python package: contract, buffers, errors, asyncio", r"test_py_(?!vm)"),
+    Capability("pytest --ublk-vm, as users have it", r"test_py_vm"),
+    Capability("The C library: examples, misuse, valgrind, sanitizers", r"test_capi_"),
     Capability("File systems: ext4, xfs, btrfs", r"test_disk_filesystems"),
     Capability("Verified I/O (fio): sizes, queues, depths, block sizes", r"test_disk_fio"),
     Capability("Several files as one disk (stripe)", r"stripe::"),
     Capability("Disks that misbehave by rules (fault)", r"fault::|test_disk_fault"),
     Capability("Every data path, command strategy and target through a life", r"test_disk_matrix"),
+    Capability("Data paths and batches, with every kind of backend; several workers a queue", r"data_paths::"),
+    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::"),
+    Capability("Devices of ordinary users, with udev", r"\bunprivileged::"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
     ),
     Capability("Flush, FUA, discard, write zeroes", r"test_disk_operations"),
     Capability("Block sizes, limits, read-only and the rest reach sysfs", r"test_disk_parameters|parameters_reach"),
-    Capability("Killed servers leave what can be deleted", r"killed|server_that_forgot"),
+    Capability("Killed servers leave what can be deleted", r"\bkilled::|test_a_killed"),
+    Capability("Many devices on few workers", r"\bmany::|test_many_disks|test_disk_life.*shared_worker"),
     Capability(
         "Stop with a deadline, by force, by others, under load",
         r"(life::|test_disk_life).*(stop|drop|delete|revoked|held)",
     ),
-    Capability("Bring-up, many devices, nothing left behind", r"life::|test_disk_life"),
+    Capability("Bring-up, nothing left behind", r"life::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
     Capability("Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::"),
@@ -66,6 +73,7 @@ CAPABILITIES = (
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
     Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
+    Capability("Batches taken in part, pages that cannot be registered: what comes of it", r"driver_failures::"),
     Capability("What the driver's protocol was once believed to be", r"claims::"),
 )
 # Tests of the rig show nothing about disks.
@@ -79,23 +87,35 @@ class Table:
     kernels: list[str]
     cells: dict[str, dict[str, Counter[str]]]
     unclaimed: list[str]
+    # What tests have measured, by its name and kernel: the most.
+    figures: dict[str, dict[str, float]]
+
+
+def row_of(nodeid: str) -> str | None:
+    """The row that a kernel test belongs to."""
+    return next((c.name for c in CAPABILITIES if re.search(c.tests, nodeid)), None)
 
 
 def collect(summary: dict[str, Any]) -> Table:
     """Sort a run's tests into rows and columns."""
     cells: dict[str, dict[str, Counter[str]]] = {c.name: {} for c in CAPABILITIES}
     unclaimed = []
+    figures: dict[str, dict[str, float]] = {}
     for test in summary["tests"]:
         nodeid, kernel = test["nodeid"], test["kernel"]
         if kernel is None or RIG.search(nodeid):
             continue
-        row = next((c.name for c in CAPABILITIES if re.search(c.tests, nodeid)), None)
+        row = row_of(nodeid)
+        for name, value in test.get("properties", {}).items():
+            by = figures.setdefault(name, {})
+            by[kernel] = max(value, by.get(kernel, value))
         if row is None:
             unclaimed.append(nodeid)
         else:
             cells[row].setdefault(kernel, Counter())[test["outcome"]] += 1
     seen = {kernel for row in cells.values() for kernel in row}
-    return Table([k for k in kernels.SERIES if k in seen] + sorted(seen - set(kernels.SERIES)), cells, unclaimed)
+    columns = [k for k in kernels.SERIES if k in seen] + sorted(seen - set(kernels.SERIES))
+    return Table(columns, cells, unclaimed, figures)
 
 
 def cell(outcomes: Counter[str]) -> str:
@@ -117,7 +137,11 @@ def render(table: Table) -> str:
     rows += [[name, *(cell(by.get(k, Counter())) for k in table.kernels)] for name, by in table.cells.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join([*lines, "", "In brackets: how many tests passed, none having failed."])
+    lines += ["", "In brackets: how many tests passed, none having failed."]
+    for name, by in table.figures.items():
+        values = ", ".join(f"{by[k]:g} on Linux {k}" for k in table.kernels if k in by)
+        lines += ["", f"{name}: {values}."]
+    return "\n".join(lines)
 
 
 def replaced(readme: str, block: str) -> str:
@@ -134,10 +158,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m ublk_rig.support", description=__doc__)
     parser.add_argument("summary", nargs="?", type=Path, default=layout.ARTIFACTS / "summary.json")
     parser.add_argument("--readme", type=Path, default=layout.TREE / "README.md")
+    parser.add_argument("--partial", action="store_true", help="also from a run of some of the tests")
     parser.add_argument("--print", action="store_true", help="print the table and leave the README alone")
     given = parser.parse_args(argv)
     try:
-        table = collect(json.loads(given.summary.read_text()))
+        summary = json.loads(given.summary.read_text())
+        if not (summary.get("whole") or given.partial or given.print):
+            raise NoTable(f"{given.summary} is of a run of some of the tests, and says nothing about the others")
+        table = collect(summary)
         block = render(table)
         if given.print:
             print(block)

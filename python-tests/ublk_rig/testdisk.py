@@ -166,9 +166,9 @@ class Disks:
 
 
 @contextmanager
-def serving(guest: Guest, *options: str) -> Iterator[Disks]:
+def serving(guest: Guest, *options: str, env: dict[str, str] | None = None) -> Iterator[Disks]:
     """Disks as described, served for the length of a block; none without options."""
-    with guest.popen([program(), "serve", *options]) as process:
+    with guest.popen([program(), "serve", *options], env=env) as process:
         disks = Disks(guest, process)
         disks.ready = disks.read(START_SECS)["ready"]
         try:

@@ -325,7 +325,13 @@ impl Error {
 
     /// What the caller can do about it.
     pub fn remedy(&self) -> Option<&str> {
-        self.0.remedy.as_deref()
+        self.0.remedy.as_deref().or(match self.0.errno {
+            Some(Errno::EMFILE) => Some("raise the limit of open files (ulimit -n)"),
+            Some(Errno::ENFILE) => {
+                Some("raise the system's limit of open files (sysctl fs.file-max)")
+            }
+            _ => None,
+        })
     }
 }
 
@@ -348,7 +354,7 @@ impl fmt::Display for Error {
         if let Some(errno) = e.errno {
             write!(f, ": {errno}")?;
         }
-        if let Some(remedy) = &e.remedy {
+        if let Some(remedy) = self.remedy() {
             write!(f, "; {remedy}")?;
         }
         Ok(())
@@ -406,6 +412,20 @@ mod tests {
         );
         assert_eq!(e.errno().map(Errno::raw), Some(libc::EEXIST));
         assert_eq!(io::Error::from(e).kind(), io::ErrorKind::AlreadyExists);
+    }
+
+    #[test]
+    fn a_limit_of_open_files_has_its_remedy_wherever_it_is_met() {
+        let open = || Error::new(ErrorKind::TooMany, "open it");
+        let e = open().with_source(io::Error::from_raw_os_error(libc::EMFILE));
+        assert_eq!(
+            e.to_string(),
+            "cannot open it: EMFILE (Too many open files); raise the limit of open files (ulimit -n)"
+        );
+        assert!(open().with_errno(Errno::ENFILE).remedy().unwrap().contains("fs.file-max"));
+        assert_eq!(e.remedy_is("another").remedy(), Some("another"));
+        assert_eq!(open().remedy(), None);
+        assert_eq!(open().remedy_is("without errno").remedy(), Some("without errno"));
     }
 
     #[test]

@@ -490,8 +490,11 @@ impl Request {
 
     fn zero_gaps(&mut self) {
         let len = self.data_len(Op::Read) as u32;
-        let gaps = self.filled.get_mut().gaps(len);
-        for gap in gaps {
+        let filled = self.filled.get_mut();
+        // Without islands, as usual, there is one gap, and no list of them to be made.
+        let only = filled.islands.is_empty().then(|| filled.upto.min(len)..len);
+        let gaps = if only.is_some() { Vec::new() } else { filled.gaps(len) };
+        for gap in only.into_iter().chain(gaps) {
             if self.buffered.get() {
                 // SAFETY: within the buffer; ours alone, as in `data_mut` (callers checked for operations).
                 unsafe { self.zero(gap) };
@@ -698,6 +701,8 @@ impl fmt::Debug for KeptBuffer {
 
 #[path = "request_metadata.rs"]
 mod metadata;
+#[path = "request_ring.rs"]
+mod ring;
 #[path = "request_zones.rs"]
 mod zones;
 

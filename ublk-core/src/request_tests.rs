@@ -401,3 +401,58 @@ const _: () = {
     sent::<Request>();
     sent::<KeptBuffer>();
 };
+
+#[test]
+fn pages_are_for_other_rings_on_zero_copy_alone() {
+    let (_mailbox, _slot, request) = request(Op::Read);
+    assert_eq!(request.register_entry(0), Err(Errno::EOPNOTSUPP));
+    assert_eq!(request.unregister_entry(0), Err(Errno::EOPNOTSUPP));
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "opens a file")]
+fn entries_name_the_request_and_what_rings_read_is_not_zeroed() {
+    use crate::sys::fork::OwnFd;
+    use crate::worker::portal::{Portal, Reach};
+    use std::os::fd::AsRawFd;
+
+    // Writing to it fails: a request that zeroed its client's pages would end with EIO.
+    let options = std::fs::OpenOptions::new().read(true).clone();
+    let file = Arc::new(OwnFd::open_file(&options, std::path::Path::new("/dev/null")).unwrap());
+    let portal = Portal::new(&file, DataPath::ZeroCopy, None);
+    let mailbox = Mailbox::detached();
+    let region = Arc::new(Region::new(LEN as usize, Backing::default()).unwrap());
+    let reach = Reach::new(portal, 5);
+    let slot = Slot::new(place(), Buffer::new(region, 0, LEN), Some(reach), Arc::clone(&mailbox));
+
+    let read = request_on(&slot, Op::Read, 0, LEN / 512);
+    let (enter, leave) = (read.register_entry(2).unwrap(), read.unregister_entry(2).unwrap());
+    let word =
+        |entry: &[u8; 64], at: usize| u32::from_ne_bytes(entry[at..][..4].try_into().unwrap());
+    for (entry, op) in [(enter, 0xC010_7523), (leave, 0xC010_7524)] {
+        assert_eq!(word(&entry, 4), file.as_raw_fd().cast_unsigned());
+        assert_eq!(word(&entry, 8), op);
+        assert_eq!(word(&entry, 48), 1 | 7 << 16, "queue and tag");
+        assert_eq!(word(&entry, 56), 2, "the place");
+        assert_eq!(entry[32..40], [0; 8], "user_data is the caller's");
+    }
+    read.complete(OK).unwrap();
+    assert_eq!(taken(&mailbox)[0].outcome().unwrap().result, Ok(LEN));
+    slot.recycle();
+
+    let flush = request_on(&slot, Op::Flush, 0, 0);
+    assert_eq!(flush.register_entry(2), Err(Errno::EINVAL));
+    flush.complete(OK).unwrap();
+    taken(&mailbox);
+    slot.recycle();
+
+    // Not asked for: it is zeroed, which the file does not take.
+    let read = request_on(&slot, Op::Read, 0, LEN / 512);
+    read.complete(OK).unwrap();
+    assert_eq!(taken(&mailbox)[0].outcome().unwrap().result, Err(Errno::EIO));
+    slot.recycle();
+
+    let late = request_on(&slot, Op::Write, 0, LEN / 512);
+    drop(file);
+    assert_eq!(late.register_entry(2), Err(Errno::ENODEV));
+}

@@ -9,7 +9,9 @@ use std::time::Duration;
 
 use disk::{Client, Ram, SOON, bounded, devices, no_devices};
 use ublk_core::control::{Control, Wait};
-use ublk_core::{Builder, Capabilities, Device, Errno, ErrorKind, QueueContext, Request, Running};
+use ublk_core::{
+    Builder, Capabilities, Device, Errno, ErrorKind, QueueContext, Request, Running, Workers,
+};
 
 const MIB: u64 = 1 << 20;
 
@@ -104,8 +106,11 @@ fn a_child_has_none_of_our_descriptors_and_mappings() {
 fn a_childs_handles_refuse() {
     let disk = ram();
     let control = Control::open().unwrap();
+    let workers = Workers::new(1).unwrap();
     let child = forked(|| {
+        let pooled = Builder::new(MIB, Ram::new(1 << 20)).workers(&workers).start();
         let kinds = [
+            pooled.unwrap_err().kind(),
             disk.handle().stop(SOON).unwrap_err().kind(),
             disk.handle().stop_force(SOON).unwrap_err().kind(),
             disk.wait().unwrap_err().kind(),

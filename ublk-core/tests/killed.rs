@@ -6,6 +6,7 @@ mod disk;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use disk::{Client, Ram, SOON, Server, bounded, devices, no_devices};
 use ublk_core::control::{Control, Features, Wait};
@@ -84,6 +85,12 @@ fn server_process() {
             disk::say(&format!("ready {}", running.id()));
             disk::idle();
         }
+        // Its whole life again and again, so that a kill meets any moment of it.
+        "passing" => loop {
+            let running = ram().start().unwrap();
+            disk::say(&format!("ready {}", running.id()));
+            running.stop(SOON).unwrap();
+        },
         "clear" => clear_all(),
         other => panic!("no role {other}"),
     }
@@ -101,6 +108,33 @@ fn server(role: &str) -> (Server, u32) {
     let mut server = Server::start("server_process", role);
     let id = server.hear("ready").parse().unwrap();
     (server, id)
+}
+
+/// Nobody uses the disk: SIGKILL of a server whose STOP waits for a client's request is a dead end of the kernel, which
+/// `docs/gotchas.md` describes.
+#[test]
+fn a_server_killed_while_it_stops_leaves_what_can_be_deleted() {
+    for round in 0..20 {
+        let (mut server, _) = server("passing");
+        // From the middle of a stop to well into the next start, on a fast machine and a slow one.
+        std::thread::sleep(Duration::from_micros(400 * round * round));
+        server.kill();
+        server.wait();
+        bounded("the deletion", || {
+            let control = Control::open().unwrap();
+            for id in devices() {
+                match control.delete(id, &Wait::for_(SOON)) {
+                    Ok(()) => {}
+                    Err(e) => assert_eq!(e.kind(), ErrorKind::NoSuchDevice, "{e}"),
+                }
+            }
+        });
+        no_devices();
+    }
+    // The driver takes new devices: nobody is stuck with its mutex.
+    let disk = bounded("another start", || ram().start().unwrap());
+    disk.stop(SOON).unwrap();
+    no_devices();
 }
 
 /// Deletes what a dead server left, in whatever state it is by then.

@@ -5,7 +5,7 @@ mod disk;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,7 @@ use disk::{Client, Held, Ram, SOON, anonymous_bytes, bounded, devices, eventuall
 use ublk_core::control::{Control, Features, Holder, Wait};
 use ublk_core::targets::Null;
 use ublk_core::{
-    Backend, Builder, Capabilities, Device, Ending, ErrorKind, QueueContext, Request, Running,
-    Workers,
+    Backend, Builder, Capabilities, Device, Ending, ErrorKind, QueueContext, Request, Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -153,37 +152,6 @@ fn a_failed_start_on_a_pool_leaves_its_other_devices_alone() {
     assert_eq!(devices().len(), 2);
     other.stop(SOON).unwrap();
     disk.stop(SOON).unwrap();
-    no_devices();
-}
-
-#[test]
-fn a_queue_that_is_too_deep_for_a_shared_worker_is_refused_and_the_others_go_on() {
-    let workers = Workers::new(1).unwrap();
-    let deep = || {
-        Builder::new(MIB, Ram::new(1 << 20)).queue_depth(4096).max_io_bytes(4096).workers(&workers)
-    };
-    let mut disks = Vec::new();
-    let refused = loop {
-        match deep().start() {
-            Ok(disk) => disks.push(disk),
-            Err(e) => break e,
-        }
-        assert!(disks.len() <= 8, "32,768 tags are the most that a worker takes");
-    };
-    assert_eq!(refused.kind(), ErrorKind::TooMany, "{refused}");
-    assert_eq!(devices().len(), disks.len());
-    for disk in &disks {
-        assert_eq!(disk.ending(), None);
-        write_and_read(disk);
-    }
-    disks.pop().unwrap().stop(SOON).unwrap();
-    // Room again.
-    let disk = deep().start().unwrap();
-    write_and_read(&disk);
-    disks.push(disk);
-    for disk in disks {
-        disk.stop(SOON).unwrap();
-    }
     no_devices();
 }
 
@@ -506,52 +474,6 @@ fn two_devices_of_a_process_do_not_mix() {
     disks.next().unwrap().stop(SOON).unwrap();
     write_and_read(&disks.next().unwrap());
     no_devices();
-}
-
-#[test]
-fn a_pool_of_two_workers_serves_eight_devices_while_some_come_and_go() {
-    nothing_is_left_by(|| {
-        let workers = Workers::new(2).unwrap();
-        let start = || ram().workers(&workers).start().unwrap();
-        let disks: Vec<Running> = (0..8).map(|_| start()).collect();
-        let over = Arc::new(AtomicBool::new(false));
-        let done = Arc::new(AtomicU64::new(0));
-        let clients: Vec<_> = disks
-            .iter()
-            .take(4)
-            .enumerate()
-            .map(|(i, disk)| {
-                let client = Client::open(disk.path());
-                let (over, done) = (Arc::clone(&over), Arc::clone(&done));
-                std::thread::spawn(move || {
-                    let mut round = 0u8;
-                    while !over.load(Ordering::Relaxed) {
-                        round = round.wrapping_add(1);
-                        let data = [round ^ i as u8; 4096];
-                        client.write(8192, &data).unwrap();
-                        assert_eq!(client.read(8192, 4096).unwrap(), data);
-                        done.fetch_add(1, Ordering::Relaxed);
-                    }
-                })
-            })
-            .collect();
-        let mut disks = disks;
-        for _ in 0..10 {
-            // The last four take turns in going; new ones come.
-            disks.remove(4).stop(SOON).unwrap();
-            let fresh = start();
-            write_and_read(&fresh);
-            disks.push(fresh);
-            let so_far = done.load(Ordering::Relaxed);
-            eventually("the others go on", || done.load(Ordering::Relaxed) > so_far);
-        }
-        over.store(true, Ordering::Relaxed);
-        clients.into_iter().for_each(|c| c.join().unwrap());
-        assert!(disks.iter().all(|d| d.ending().is_none()));
-        for disk in disks {
-            disk.stop(SOON).unwrap();
-        }
-    });
 }
 
 #[test]

@@ -293,6 +293,55 @@ fn kills_lose_nothing_on_any_data_path() {
     }
 }
 
+const PATHS: [(&str, Features); 5] = [
+    ("copy", Features::NONE),
+    ("need-get-data", Features::NEED_GET_DATA),
+    ("user-copy", Features::USER_COPY),
+    ("zero-copy", Features::SUPPORT_ZERO_COPY),
+    ("auto-buf-reg", Features::AUTO_BUF_REG),
+];
+
+/// Each mode of recovery with each way to move data and commands that this kernel has.
+fn every_way() -> Vec<String> {
+    let mut ways = Vec::new();
+    for name in ["plain", "reissue", "fail-io"].into_iter().filter(|name| has(mode(name))) {
+        for (path, needed) in PATHS.into_iter().filter(|(_, needed)| has(*needed)) {
+            ways.push(format!("{name}+{path}"));
+            // The driver clears NEED_GET_DATA on devices with BATCH_IO.
+            if has(Features::BATCH_IO) && needed != Features::NEED_GET_DATA {
+                ways.push(format!("{name}+{path}+batch"));
+            }
+        }
+    }
+    ways
+}
+
+#[test]
+#[ignore = "a soak: every mode of recovery with every data path"]
+fn ten_kills_lose_nothing_in_any_mode_on_any_data_path() {
+    for name in every_way() {
+        let errors = killed_under_load(&name, 10);
+        println!("{name}: {errors} requests failed");
+        assert!(!name.starts_with("reissue") || errors == 0, "{name}: {errors}");
+    }
+}
+
+#[test]
+#[ignore = "a soak: every data path"]
+fn handovers_under_load_fail_nothing_on_any_data_path() {
+    if !has(Features::QUIESCE) {
+        println!("\nnot run: the driver lacks QUIESCE");
+        return;
+    }
+    for name in every_way() {
+        // With FAIL_IO requests between two servers fail, and a device in batches is let go by REISSUE only.
+        if !name.starts_with("fail-io") && (!name.ends_with("batch") || name.starts_with("reissue"))
+        {
+            handed_over_under_load(&name, 5);
+        }
+    }
+}
+
 #[test]
 fn ten_kills_with_fail_io_lose_nothing() {
     if !has(mode("fail-io")) {

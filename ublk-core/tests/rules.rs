@@ -1,4 +1,4 @@
-//! The driver's rules about features, by the driver itself: each combination that we refuse is sent to it byte by
+//! The driver's rules about features and parameters, by the driver itself: each combination that we refuse is sent to it byte by
 //! byte, past the library, and is refused or silently changed by it. On Linux 7.3, whose rules they are.
 
 mod disk;
@@ -8,9 +8,10 @@ use std::os::fd::AsRawFd;
 
 use disk::{SOON, devices, no_devices};
 use ublk_core::control::{
-    AddDevice, Control, ControlOptions, DeviceParams, FeatureRequest, Features as F, Wait,
+    AddDevice, Control, ControlOptions, DeviceParams, Discard, FeatureRequest, Features as F,
+    ParamsBuilder, SegmentLimits, Wait,
 };
-use ublk_core::uapi::{self, ublksrv_ctrl_cmd, ublksrv_ctrl_dev_info};
+use ublk_core::uapi::{self, ublk_params, ublksrv_ctrl_cmd, ublksrv_ctrl_dev_info};
 use ublk_core::{Errno, ErrorKind};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,10 +24,27 @@ enum Verdict {
 
 const EINVAL: Verdict = Verdict::Refused(Errno::EINVAL);
 
-/// ADD_DEV as it is. What was added is deleted again.
-fn add(features: F, io_desc_size: u16) -> Verdict {
+/// A control command as it is, and the kernel's answer.
+///
+/// # Safety
+///
+/// The command's address is of memory of that length, to be read and written.
+unsafe fn command(number: u32, command: ublksrv_ctrl_cmd) -> i32 {
     let control = std::fs::File::open("/dev/ublk-control").unwrap();
     let mut ring: IoUring<squeue::Entry128, cqueue::Entry> = IoUring::builder().build(8).unwrap();
+    let mut payload = [0u8; 80];
+    // SAFETY: the struct has no padding, and 32 bytes.
+    let bytes = unsafe { std::mem::transmute::<ublksrv_ctrl_cmd, [u8; 32]>(command) };
+    payload[..32].copy_from_slice(&bytes);
+    let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), number);
+    // SAFETY: the command is waited for; the rest is the caller's promise.
+    unsafe { ring.submission().push(&entry.cmd(payload).build()).unwrap() };
+    ring.submit_and_wait(1).unwrap();
+    ring.completion().next().unwrap().result()
+}
+
+/// ADD_DEV as it is. What was added is deleted again.
+fn add(features: F, io_desc_size: u16) -> Verdict {
     let mut info = ublksrv_ctrl_dev_info {
         nr_hw_queues: 1,
         queue_depth: 4,
@@ -36,24 +54,15 @@ fn add(features: F, io_desc_size: u16) -> Verdict {
         io_desc_size,
         ..Default::default()
     };
-    let command = ublksrv_ctrl_cmd {
+    let add = ublksrv_ctrl_cmd {
         dev_id: u32::MAX,
         queue_id: u16::MAX,
         len: size_of::<ublksrv_ctrl_dev_info>() as u16,
         addr: (&raw mut info).expose_provenance() as u64,
         ..Default::default()
     };
-    let mut payload = [0u8; 80];
-    // SAFETY: the struct has no padding, and 32 bytes.
-    let bytes = unsafe { std::mem::transmute::<ublksrv_ctrl_cmd, [u8; 32]>(command) };
-    payload[..32].copy_from_slice(&bytes);
-    let entry = opcode::UringCmd80::new(types::Fd(control.as_raw_fd()), uapi::UBLK_U_CMD_ADD_DEV)
-        .cmd(payload)
-        .build();
-    // SAFETY: `info` outlives the command, which is waited for.
-    unsafe { ring.submission().push(&entry).unwrap() };
-    ring.submit_and_wait(1).unwrap();
-    let result = ring.completion().next().unwrap().result();
+    // SAFETY: the address is of `info`, with its length.
+    let result = unsafe { command(uapi::UBLK_U_CMD_ADD_DEV, add) };
     if let Some(errno) = Errno::from_result(result) {
         return Verdict::Refused(errno);
     }
@@ -208,5 +217,120 @@ fn what_we_refuse_the_unprivileged_the_driver_does_not_give_them() {
     let (kind, text) = ours(unprivileged_dev, 24);
     assert_eq!(kind, ErrorKind::Unsupported);
     assert!(text.contains("only to callers without CAP_SYS_ADMIN"), "{text}");
+    no_devices();
+}
+
+/// SET_PARAMS as it is.
+fn set(id: u32, mut params: ublk_params) -> Option<Errno> {
+    params.len = size_of::<ublk_params>() as u32;
+    let set = ublksrv_ctrl_cmd {
+        dev_id: id,
+        queue_id: u16::MAX,
+        len: size_of::<ublk_params>() as u16,
+        addr: (&raw mut params).expose_provenance() as u64,
+        ..Default::default()
+    };
+    // SAFETY: the address is of `params`, with its length.
+    Errno::from_result(unsafe { command(uapi::UBLK_U_CMD_SET_PARAMS, set) })
+}
+
+/// What is fine, with every section that the tests below change.
+fn fine() -> ublk_params {
+    let mut p = ublk_params::default();
+    p.basic.logical_bs_shift = 9;
+    p.basic.physical_bs_shift = 12;
+    p.basic.io_min_shift = 9;
+    p.basic.io_opt_shift = 12;
+    p.basic.max_sectors = 128;
+    p.basic.dev_sectors = 2048;
+    p.discard.discard_granularity = 512;
+    p.discard.max_discard_sectors = 2048;
+    p.discard.max_discard_segments = 1;
+    p.dma.alignment = 511;
+    p.seg.seg_boundary_mask = 0xffff;
+    p.seg.max_segment_size = 65536;
+    p.seg.max_segments = 8;
+    p.types = uapi::UBLK_PARAM_TYPE_BASIC
+        | uapi::UBLK_PARAM_TYPE_DISCARD
+        | uapi::UBLK_PARAM_TYPE_DMA_ALIGN
+        | uapi::UBLK_PARAM_TYPE_SEGMENT;
+    p
+}
+
+type Change = fn(&mut ublk_params);
+type Describe = fn(ParamsBuilder) -> ParamsBuilder;
+
+const LIMITS: SegmentLimits =
+    SegmentLimits { boundary_mask: 0xffff, max_size: 65536, max_count: 8 };
+
+/// Each rule of `ublk_validate_params`: what breaks it, how a user of ours would, and what we say.
+const BROKEN: [(Change, Describe, &str); 12] = [
+    (|p| p.basic.logical_bs_shift = 8, |b| b.logical_block_size(256), "logical block size"),
+    (|p| p.basic.logical_bs_shift = 13, |b| b.logical_block_size(8192), "logical block size"),
+    (|p| p.basic.physical_bs_shift = 8, |b| b.physical_block_size(256), "physical block size"),
+    (
+        |p| p.basic.physical_bs_shift = 29,
+        |b| b.physical_block_size(512 << 20),
+        "physical block size",
+    ),
+    (|p| p.basic.io_min_shift = 29, |b| b.io_min(512 << 20), "minimal I/O size"),
+    (|p| p.basic.io_opt_shift = 29, |b| b.io_opt(512 << 20), "optimal I/O size"),
+    (|p| p.basic.max_sectors = 7, |b| b.max_io_bytes(2048), "page size"),
+    (
+        |p| p.discard.discard_granularity = 0,
+        |b| b.discard(Discard { granularity: 0, ..Discard::granules_of(512) }),
+        "granularity is not 0",
+    ),
+    (
+        |p| p.discard.max_discard_segments = 2,
+        |b| b.discard(Discard { max_segments: 2, ..Discard::granules_of(512) }),
+        "1 segment, not 2",
+    ),
+    (|p| p.dma.alignment = 8191, |b| b.dma_alignment(8192), "DMA alignment"),
+    (
+        |p| p.seg.seg_boundary_mask = 0x1000,
+        |b| b.segments(SegmentLimits { boundary_mask: 0x1000, ..LIMITS }),
+        "segment boundary mask",
+    ),
+    (
+        |p| p.seg.max_segment_size = 512,
+        |b| b.segments(SegmentLimits { max_size: 512, ..LIMITS }),
+        "largest segment",
+    ),
+];
+
+#[test]
+fn parameters_that_we_refuse_the_driver_refuses() {
+    if !has_the_rules_of_7_3() {
+        return;
+    }
+    let control = Control::open().unwrap();
+    let params = DeviceParams::builder(1 << 20).max_io_bytes(64 << 10).build().unwrap();
+    let id = control.add_dev(&AddDevice::new(&params)).unwrap().id;
+    assert_eq!(set(id, fine()), None);
+    for (change, describe, words) in BROKEN {
+        let mut broken = fine();
+        change(&mut broken);
+        assert_eq!(set(id, broken), Some(Errno::EINVAL), "the driver, about {words}: {broken:?}");
+        let refused = describe(DeviceParams::builder(1 << 20)).build().unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InvalidParameter);
+        assert!(refused.to_string().contains(words), "{refused}");
+    }
+    // What cannot be said to our builder at all: a section for what the driver alone decides, none where one is due,
+    // more than a tag's buffer.
+    for change in [
+        (|p| p.types |= uapi::UBLK_PARAM_TYPE_DEVT) as Change,
+        |p| p.types |= uapi::UBLK_PARAM_TYPE_ZONED,
+        |p| p.types |= uapi::UBLK_PARAM_TYPE_INTEGRITY,
+        |p| p.types = 0,
+        |p| p.types = uapi::UBLK_PARAM_TYPE_DISCARD,
+        |p| p.basic.max_sectors = 129,
+    ] {
+        let mut broken = fine();
+        change(&mut broken);
+        assert_eq!(set(id, broken), Some(Errno::EINVAL), "{broken:?}");
+    }
+    assert_eq!(set(id, fine()), None, "it is not something else that the driver refuses");
+    control.delete(id, &Wait::for_(SOON)).unwrap();
     no_devices();
 }

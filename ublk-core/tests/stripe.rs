@@ -244,7 +244,7 @@ fn members_in_another_order_do_not_recover_a_disk() {
     drop(client);
     let control = Control::open().unwrap();
     if !control.features().unwrap().contains(Features::QUIESCE) {
-        println!("not run: no QUIESCE (since Linux 6.16)");
+        println!("\nnot run: the driver lacks QUIESCE");
         disk.stop(SOON).unwrap();
         return;
     }

@@ -297,7 +297,23 @@ impl Drop for Device {
     }
 }
 
-/// Worker threads that devices share. See `ublk.Workers`.
+/// Worker threads that devices share, in place of one for each queue: for many devices.
+///
+/// A backend that blocks stalls every device on its worker: give such a device ``threads``. The threads are started with
+/// the first device, and end with the pool and the last one.
+///
+/// Args:
+///     count: How many, 1 to 1024.
+///
+/// Raises:
+///     ValueError: It is another number.
+///
+/// >>> import contextlib, ublk
+/// >>> pool = ublk.Workers(2)
+/// >>> with contextlib.ExitStack() as stack:
+/// ...     disks = [ublk.Device(ublk.Null(), size="1GiB", workers=pool) for _ in range(3)]
+/// ...     len({stack.enter_context(disk).path for disk in disks})
+/// 3
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Workers {
     count: usize,
@@ -332,6 +348,10 @@ impl Workers {
         Ok(Workers { count, plain: OnceLock::new(), attached: OnceLock::new() })
     }
 
+    /// How many there are, 1 to 1024.
+    ///
+    /// >>> ublk.Workers(2).count
+    /// 2
     #[getter]
     fn count(&self) -> usize {
         self.count

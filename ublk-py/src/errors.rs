@@ -13,13 +13,32 @@ create_exception!(
     ublk,
     StateError,
     PyRuntimeError,
-    "The device is in another state than the call needs, or the call would wait for its own caller."
+    r#"The device is in another state than the call needs, or the call would wait for its own caller.
+
+>>> import ublk
+>>> try:
+...     ublk.Device(ublk.Null(), size="1GiB").path
+... except ublk.StateError as error:
+...     print(error)
+the device has no number yet: it was not started"#
 );
 create_exception!(
     ublk,
     GoneError,
     StateError,
-    "The request was answered by a stop, or its device has ended, before it was completed."
+    r#"The request was answered by a stop, or its device has ended, before it was completed.
+
+The client has got EIO. There is nothing to do but to let the request go:
+
+>>> import ublk
+>>> def complete(request):
+...     try:
+...         request.complete()
+...     except ublk.GoneError:
+...         return False
+...     return True
+>>> complete(request)
+True"#
 );
 
 /// The exception for an error: an `OSError` of the fitting kind where the kernel or the system refused something.

@@ -6,7 +6,7 @@
 //!   loop, or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
-//! * [`options`], [`device`], [`targets`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`options`], [`device`], [`targets`], [`faults`], [`stats`] are the builder, the device and the ready-made backends;
 //! * [`errors`] and [`log`] bring errors and messages over.
 
 mod attend;
@@ -14,6 +14,7 @@ mod buffer;
 mod calls;
 mod device;
 mod errors;
+mod faults;
 mod log;
 mod machine;
 mod options;
@@ -37,6 +38,8 @@ mod _native {
     #[pymodule_export]
     use super::device::{Device, Workers, finish_endings};
     #[pymodule_export]
+    use super::faults::{Fault, WriteCache};
+    #[pymodule_export]
     use super::log::{close_log, forked, next_record};
     #[pymodule_export]
     use super::machine::{delete, feature_names, features, list_devices};
@@ -47,7 +50,7 @@ mod _native {
     #[pymodule_export]
     use super::serve::Inbox;
     #[pymodule_export]
-    use super::targets::{File, Mem, Null, ZonedMem};
+    use super::targets::{File, Mem, Null, Stripe, ZonedMem};
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -12,7 +12,20 @@ use crate::buffer::Buffer;
 use crate::calls::{Answer, Sink, close, flag_bits, keep, op_name, place};
 use crate::errors::{GoneError, StateError};
 
-/// One request of a disk's client. See `ublk.Request`.
+/// One request of a disk's client, for `RawBackend` backends: to be completed once, from any thread.
+///
+/// One that is dropped without that is answered with EIO. Offsets and lengths are bytes.
+///
+/// >>> import threading, ublk
+/// >>> class Zeroes:
+/// ...     def handle(self, request):
+/// ...         threading.Thread(target=request.complete).start()
+/// >>> with ublk.Device(Zeroes(), size="1MiB") as dev:
+/// ...     with open(dev.path, "rb", buffering=0) as disk:
+/// ...         disk.read(4)
+/// b'\x00\x00\x00\x00'
+///
+/// In the examples of its members ``request`` is one that a backend was handed: a client's read of 4096 bytes at byte 8192.
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Request {
     inner: Mutex<Option<Inner>>,
@@ -101,58 +114,113 @@ impl Drop for Request {
 
 #[pymethods]
 impl Request {
+    /// ``"read"``, ``"write"``, ``"flush"``, ``"trim"`` or ``"zero"``; of a zoned disk also ``"append"``,
+    /// ``"report_zones"``, ``"open"``, ``"close"``, ``"finish"``, ``"reset"`` and ``"reset_all"``.
+    ///
+    /// >>> request.op
+    /// 'read'
     #[getter]
     fn op(&self) -> &'static str {
         op_name(self.op)
     }
 
+    /// Where the range starts; 0 for a flush.
+    ///
+    /// >>> request.offset
+    /// 8192
     #[getter]
     fn offset(&self) -> u64 {
         self.offset
     }
 
+    /// Bytes of the range; 0 for a flush and a report of zones.
+    ///
+    /// >>> request.length
+    /// 4096
     #[getter]
     fn length(&self) -> u64 {
         self.len
     }
 
+    /// What it asks for besides.
+    ///
+    /// >>> ublk.Flags.FUA in request.flags
+    /// False
     #[getter]
     fn flags<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         py.import(intern!(py, "ublk._types"))?.getattr(intern!(py, "Flags"))?.call1((self.flags,))
     }
 
+    /// How many zones are to be reported at most; 0 for the other operations.
+    ///
+    /// >>> request.zones
+    /// 0
     #[getter]
     fn zones(&self) -> u32 {
         self.zones
     }
 
+    /// The device's number.
+    ///
+    /// >>> request.device >= 0
+    /// True
     #[getter]
     fn device(&self) -> u32 {
         self.device
     }
 
+    /// The queue's number.
+    ///
+    /// >>> request.queue
+    /// 0
     #[getter]
     fn queue(&self) -> u16 {
         self.queue
     }
 
+    /// The request's number in its queue, below its depth, used again by later ones.
+    ///
+    /// >>> 0 <= request.tag < 128
+    /// True
     #[getter]
     fn tag(&self) -> u16 {
         self.tag
     }
 
+    /// The data, without a copy: of a read to be filled, and zeroed before; of a write read-only; None for the others.
+    ///
+    /// It may be kept: the memory stays as it is for as long as somebody sees it.
+    ///
+    /// >>> request.buffer[:5] = b"hello"
+    /// >>> len(request.buffer)
+    /// 4096
     #[getter]
     fn buffer<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyMemoryView>>> {
         self.buffer.as_ref().map(|buffer| Buffer::view(buffer.bind(py))).transpose()
     }
 
+    /// Whether it was completed.
+    ///
+    /// >>> request.completed
+    /// False
     #[getter]
     fn completed(&self) -> bool {
         self.lock().is_none()
     }
 
-    /// `result`: None or the length for success, a negative errno or an exception for failure; of an append the byte
-    /// where it went, of a report the zones.
+    /// Answers it: None or the length for success; a negative errno or an exception for failure; of an append the byte
+    /// where the data went, of a report the list of zones.
+    ///
+    /// Raises:
+    ///     StateError: It was completed before.
+    ///     GoneError: A stop was faster: the client has got EIO.
+    ///     TypeError: It is a negative number that is no errno.
+    ///
+    /// >>> request.complete()
+    /// >>> request.complete()
+    /// Traceback (most recent call last):
+    /// ...
+    /// ublk.StateError: the read of device ... was completed before
     #[pyo3(signature = (result=None))]
     fn complete(&self, py: Python<'_>, result: Option<Bound<'_, PyAny>>) -> PyResult<()> {
         let answer = match &result {

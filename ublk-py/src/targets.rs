@@ -12,6 +12,7 @@ use ublk_core::{Backend, Builder, RequestFlags};
 
 use crate::device::io_error;
 use crate::errors::OrRaise;
+use crate::faults::{Fault, WriteCache};
 
 /// A device of a ready-made backend, of its own size unless it has none.
 pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyResult<Builder> {
@@ -37,11 +38,25 @@ pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyRes
         fits(zoned.get().0.size())?;
         return Ok(zoned.get().0.builder());
     }
+    if let Ok(stripe) = backend.cast::<Stripe>() {
+        fits(stripe.get().inner.size())?;
+        return Ok(stripe.get().inner().builder());
+    }
+    if let Ok(fault) = backend.cast::<Fault>() {
+        let own = fault.get().size();
+        own.map_or(Ok(()), fits)?;
+        let size = own.or(size).ok_or_else(|| PyValueError::new_err("size is missing"))?;
+        return Ok(fault.get().builder(size));
+    }
+    if let Ok(cache) = backend.cast::<WriteCache>() {
+        fits(cache.get().size())?;
+        return Ok(Builder::new(cache.get().size(), cache.get().cache.clone()));
+    }
     Err(PyTypeError::new_err(format!("{} is no backend", backend.get_type())))
 }
 
 /// Bytes of a size as Python code writes it: an int, or a string like "10GiB".
-fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
+pub(crate) fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
     py.import("ublk._size")?.call_method1("parse_size", (size,))?.extract()
 }
 
@@ -63,6 +78,14 @@ fn fill(
     buffer.copy_from_slice(py, memory.data())
 }
 
+fn sync_policy(name: &str) -> PyResult<core::SyncPolicy> {
+    match name {
+        "flush" => Ok(core::SyncPolicy::OnFlush),
+        "write" => Ok(core::SyncPolicy::EveryWrite),
+        other => Err(PyValueError::new_err(format!("sync={other:?}: \"flush\" or \"write\""))),
+    }
+}
+
 /// Memory that direct I/O takes.
 struct Aligned {
     memory: Vec<u8>,
@@ -82,7 +105,12 @@ impl Aligned {
     }
 }
 
-/// Reads zeroes, forgets writes. See `ublk.Null`.
+/// Answers every request at once: reads give zeroes, writes are forgotten. For measuring what everything else costs.
+///
+/// >>> import ublk
+/// >>> with ublk.Device(ublk.Null(), size="1TiB") as dev:
+/// ...     dev.size == 1 << 40
+/// True
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Null;
 
@@ -93,21 +121,39 @@ impl Null {
         Null
     }
 
+    /// Fills ``buf`` with zeroes.
+    ///
+    /// >>> buf = bytearray(b"data")
+    /// >>> ublk.Null().pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         let _ = offset;
         fill(py, &buf, |_| Ok(()))
     }
 
+    /// Forgets ``buf``.
+    ///
+    /// >>> ublk.Null().pwrite(b"data", 0)
     fn pwrite(&self, buf: PyBuffer<u8>, offset: u64) {
         let _ = (buf, offset);
     }
 
+    /// Does nothing.
+    ///
+    /// >>> ublk.Null().flush()
     fn flush(&self) {}
 
+    /// Does nothing.
+    ///
+    /// >>> ublk.Null().trim(4096, 0)
     fn trim(&self, count: u64, offset: u64) {
         let _ = (count, offset);
     }
 
+    /// Does nothing.
+    ///
+    /// >>> ublk.Null().zero(4096, 0)
     fn zero(&self, count: u64, offset: u64) {
         let _ = (count, offset);
     }
@@ -117,9 +163,34 @@ impl Null {
     }
 }
 
-/// A sparse disk in memory. See `ublk.Mem`.
+/// A sparse disk in memory: what was written takes memory, what was discarded gives it back.
+///
+/// Its methods are those of a `Backend`, for Python backends that wrap it.
+///
+/// Args:
+///     size: Bytes of the disk: an int, or a string as of `parse_size`.
+///
+/// Raises:
+///     ValueError: It is no size.
+///
+/// >>> import ublk
+/// >>> class Logged:
+/// ...     def __init__(self):
+/// ...         self.mem, self.log = ublk.Mem("1MiB"), []
+/// ...     def pread(self, buf, offset):
+/// ...         self.log.append((offset, len(buf)))
+/// ...         self.mem.pread(buf, offset)
+/// >>> with ublk.Device(Logged(), size="1MiB") as dev:
+/// ...     dev.size
+/// 1048576
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Mem(core::Mem);
+
+impl Mem {
+    pub(crate) fn inner(&self) -> core::Mem {
+        self.0.clone()
+    }
+}
 
 #[pymethods]
 impl Mem {
@@ -128,31 +199,86 @@ impl Mem {
         Ok(Mem(core::Mem::new(parse_size(py, size)?)))
     }
 
+    /// Bytes of the disk.
+    ///
+    /// >>> ublk.Mem("1MiB").size
+    /// 1048576
     #[getter]
     fn size(&self) -> u64 {
         self.0.size()
     }
 
+    /// Bytes of memory that the contents take.
+    ///
+    /// >>> mem = ublk.Mem("1GiB")
+    /// >>> mem.used
+    /// 0
+    /// >>> mem.pwrite(b"x" * 4096, 0)
+    /// >>> 0 < mem.used < 1 << 24
+    /// True
     #[getter]
     fn used(&self) -> u64 {
         self.0.used()
     }
 
+    /// Fills ``buf`` from byte ``offset`` on.
+    ///
+    /// Raises:
+    ///     OSError: The range is not within the disk (EINVAL).
+    ///
+    /// >>> buf = bytearray(4)
+    /// >>> ublk.Mem("1MiB").pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         fill(py, &buf, |data| self.0.read_at(data, offset))
     }
 
+    /// Stores ``buf`` from byte ``offset`` on.
+    ///
+    /// Raises:
+    ///     OSError: The range is not within the disk (EINVAL).
+    ///
+    /// >>> mem, buf = ublk.Mem("1MiB"), bytearray(4)
+    /// >>> mem.pwrite(b"data", 512)
+    /// >>> mem.pread(buf, 512)
+    /// >>> buf
+    /// bytearray(b'data')
     fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         let mut data = bytes(py, &buf)?;
         py.detach(|| self.0.write_at(data.data(), offset)).map_err(|e| io_error(&e))
     }
 
+    /// Does nothing: memory is as durable as it gets.
+    ///
+    /// >>> ublk.Mem("1MiB").flush()
     fn flush(&self) {}
 
+    /// Gives the memory of a range back, which reads as zeroes then. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: The range is not within the disk (EINVAL).
+    ///
+    /// >>> mem = ublk.Mem("1MiB")
+    /// >>> mem.pwrite(b"x" * mem.size, 0)
+    /// >>> mem.trim(mem.size, 0)
+    /// >>> mem.used
+    /// 0
     fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
         self.zero(py, count, offset)
     }
 
+    /// Makes a range read as zeroes. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: The range is not within the disk (EINVAL).
+    ///
+    /// >>> mem, buf = ublk.Mem("1MiB"), bytearray(4)
+    /// >>> mem.pwrite(b"data", 0)
+    /// >>> mem.zero(2, 0)
+    /// >>> mem.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00ta')
     fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
         py.detach(|| self.0.zero(offset, count)).map_err(|e| io_error(&e))
     }
@@ -162,12 +288,37 @@ impl Mem {
     }
 }
 
-/// A file or a block device. See `ublk.File`.
+/// A regular file, or another block device, as a disk; served without a copy where the kernel allows it.
+///
+/// Args:
+///     path: The file.
+///     create: Makes a sparse file of this size if there is none.
+///     direct: Goes past the page cache (``O_DIRECT``).
+///     read_only: Opens it for reading alone.
+///     sync: ``"flush"``: data is durable after a client's flush, as on most disks; ``"write"``: after every write.
+///     block_size: Bytes of the disk's logical blocks. Default the least that the file allows.
+///
+/// Raises:
+///     OSError: What ``open(2)`` says.
+///     ValueError: A size does not fit the file.
+///
+/// >>> import pathlib, tempfile, ublk
+/// >>> with tempfile.TemporaryDirectory() as folder:
+/// ...     path = pathlib.Path(folder, "disk.img")
+/// ...     with ublk.Device(ublk.File(path, create="64MiB")) as dev:
+/// ...         dev.size
+/// 67108864
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct File {
     inner: core::File,
     path: PathBuf,
     file: std::fs::File,
+}
+
+impl File {
+    pub(crate) fn inner(&self) -> core::File {
+        self.inner.clone()
+    }
 }
 
 #[pymethods]
@@ -190,47 +341,107 @@ impl File {
         if let Some(bytes) = block_size {
             options = options.logical_block_size(bytes);
         }
-        options = options.sync(match sync {
-            "flush" => core::SyncPolicy::OnFlush,
-            "write" => core::SyncPolicy::EveryWrite,
-            other => {
-                return Err(PyValueError::new_err(format!(
-                    "sync={other:?}: \"flush\" or \"write\""
-                )));
-            }
-        });
+        options = options.sync(sync_policy(sync)?);
         let inner = py.detach(|| options.open(&path)).or_raise(py)?;
         let file = std::fs::File::from(inner.as_fd().try_clone_to_owned()?);
         Ok(File { inner, path, file })
     }
 
+    /// Bytes of the file when it was opened.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.size
+    /// 1048576
     #[getter]
     fn size(&self) -> u64 {
         self.inner.size()
     }
 
+    /// The file.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.path.name
+    /// 'disk.img'
     #[getter]
     fn path(&self) -> PathBuf {
         self.path.clone()
     }
 
+    /// Fills ``buf`` from byte ``offset`` of the file.
+    ///
+    /// Raises:
+    ///     OSError: What ``pread(2)`` says; EIO beyond the file's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         fill(py, &buf, |data| self.file.read_exact_at(data, offset))
     }
 
+    /// Stores ``buf`` from byte ``offset`` of the file.
+    ///
+    /// Raises:
+    ///     OSError: What ``pwrite(2)`` says.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.pwrite(b"data", 512)
+    /// >>> file.pread(buf, 512)
+    /// >>> buf
+    /// bytearray(b'data')
     fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         let mut data = bytes(py, &buf)?;
         py.detach(|| self.file.write_all_at(data.data(), offset)).map_err(|e| io_error(&e))
     }
 
+    /// Makes durable what was written (``fdatasync(2)``).
+    ///
+    /// Raises:
+    ///     OSError: What that says.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.flush()
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.file.sync_data()).map_err(|e| io_error(&e))
     }
 
+    /// Gives the space of a range back, which reads as zeroes then. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What ``fallocate(2)`` says.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.trim(4096, 0)
     fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
         py.detach(|| punch(&self.file, count, offset)).map_err(|e| io_error(&e))
     }
 
+    /// Makes a range read as zeroes: by a hole where the file system has them, otherwise by writing. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What ``fallocate(2)`` or ``pwrite(2)`` says.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+    /// >>> file.pwrite(b"data", 0)
+    /// >>> file.zero(2, 0)
+    /// >>> file.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00ta')
     fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
         let zeroed = py.detach(|| match punch(&self.file, count, offset) {
             Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
@@ -271,7 +482,115 @@ fn write_zeroes(file: &std::fs::File, mut count: u64, mut offset: u64) -> std::i
     Ok(())
 }
 
-/// A zoned disk in memory. See `ublk.ZonedMem`.
+/// Several files or block devices as one disk (RAID 0), in turns of a chunk.
+///
+/// Args:
+///     members: The files, in their order.
+///     chunk: Bytes that go to a member before it is the next one's turn: a multiple of the logical block size. Default
+///         512 KiB. It has to be the same each time.
+///     create: Makes members that do not exist, large enough for a disk of this size.
+///     direct: Goes past the page cache (``O_DIRECT``).
+///     read_only: Opens them for reading alone.
+///     sync: As of `File`.
+///     block_size: Bytes of the disk's logical blocks. Default the least that the members allow.
+///
+/// Raises:
+///     OSError: What ``open(2)`` says of a member.
+///     ValueError: The sizes do not fit together.
+///
+/// >>> import pathlib, tempfile, ublk
+/// >>> with tempfile.TemporaryDirectory() as folder:
+/// ...     members = [pathlib.Path(folder, name) for name in ("a", "b")]
+/// ...     with ublk.Device(ublk.Stripe(members, create="64MiB")) as dev:
+/// ...         dev.size
+/// 67108864
+#[pyclass(frozen, module = "ublk")]
+pub(crate) struct Stripe {
+    inner: core::Stripe,
+}
+
+impl Stripe {
+    pub(crate) fn inner(&self) -> core::Stripe {
+        self.inner.clone()
+    }
+}
+
+#[pymethods]
+impl Stripe {
+    #[new]
+    #[pyo3(signature = (members, *, chunk=None, create=None, direct=false, read_only=false, sync="flush", block_size=None))]
+    #[allow(clippy::too_many_arguments, reason = "keywords, to Python")]
+    fn new(
+        py: Python<'_>,
+        members: Vec<PathBuf>,
+        chunk: Option<Bound<'_, PyAny>>,
+        create: Option<Bound<'_, PyAny>>,
+        direct: bool,
+        read_only: bool,
+        sync: &str,
+        block_size: Option<u32>,
+    ) -> PyResult<Self> {
+        let mut options =
+            core::Stripe::options().direct(direct).read_only(read_only).sync(sync_policy(sync)?);
+        if let Some(chunk) = chunk {
+            options = options.chunk(parse_size(py, &chunk)?);
+        }
+        if let Some(size) = create {
+            options = options.create(parse_size(py, &size)?);
+        }
+        if let Some(bytes) = block_size {
+            options = options.logical_block_size(bytes);
+        }
+        let inner = py.detach(|| options.open(&members)).or_raise(py)?;
+        Ok(Stripe { inner })
+    }
+
+    /// Bytes of the disk.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB").size >> 20
+    /// 64
+    #[getter]
+    fn size(&self) -> u64 {
+        self.inner.size()
+    }
+
+    /// Bytes of a chunk.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB", chunk="64KiB").chunk
+    /// 65536
+    #[getter]
+    fn chunk(&self) -> u64 {
+        self.inner.chunk()
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ublk.Stripe of {} members>", self.inner.members())
+    }
+}
+
+/// A zoned disk in memory, with write pointers, resources of open and active zones, and appends.
+///
+/// Args:
+///     size: Bytes of the disk: a multiple of ``zone_size``.
+///     zone_size: Bytes from one zone's start to the next one's: a power of two.
+///     conventional: How many zones, the first ones, take writes anywhere.
+///     zone_capacity: Bytes that each sequential zone holds. Default the zone size.
+///     max_open: Most open zones; 0 for no limit.
+///     max_active: Most active zones; 0 for no limit.
+///     max_append: Bytes of the largest append. Default 512 KiB.
+///
+/// Raises:
+///     ValueError: The sizes do not fit together.
+///
+/// >>> import ublk
+/// >>> with ublk.Device(ublk.ZonedMem("64MiB", "4MiB")) as dev:
+/// ...     with open(f"/sys/block/ublkb{dev.id}/queue/zoned") as zoned:
+/// ...         zoned.read().strip()
+/// 'host-managed'
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct ZonedMem(core::ZonedMem);
 
@@ -304,16 +623,36 @@ impl ZonedMem {
         Ok(ZonedMem(options.create(size, zone_size).or_raise(py)?))
     }
 
+    /// Bytes of the disk.
+    ///
+    /// >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+    /// >>> disk.size >> 20
+    /// 64
     #[getter]
     fn size(&self) -> u64 {
         self.0.size()
     }
 
+    /// Bytes of memory that the contents take.
+    ///
+    /// >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+    /// >>> disk.used
+    /// 0
     #[getter]
     fn used(&self) -> u64 {
         self.0.used()
     }
 
+    /// Fills ``buf`` from byte ``offset`` on.
+    ///
+    /// Raises:
+    ///     OSError: The range is not within the disk (EINVAL).
+    ///
+    /// >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+    /// >>> buf = bytearray(b"data")
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         fill(py, &buf, |data| {
             // A backend's read is of the whole buffer or an error.
@@ -321,6 +660,18 @@ impl ZonedMem {
         })
     }
 
+    /// Stores ``buf`` from byte ``offset`` on, which is the write pointer of a sequential zone.
+    ///
+    /// Raises:
+    ///     OSError: It is not (EIO), or the zone is full.
+    ///
+    /// >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+    /// >>> disk.pwrite(b"x" * 512, 0)
+    /// >>> try:
+    /// ...     disk.pwrite(b"x" * 512, 0)
+    /// ... except OSError as error:
+    /// ...     error.errno == 5
+    /// True
     fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         let mut data = bytes(py, &buf)?;
         let written = py.detach(|| self.0.write(data.data(), offset, RequestFlags::default()));

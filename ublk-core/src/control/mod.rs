@@ -33,7 +33,7 @@ mod pool;
 mod wait;
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use answer::NO_UDEV_RULES;
@@ -148,6 +148,16 @@ impl ControlOptions {
 #[derive(Clone)]
 pub struct Control(Arc<Inner>);
 
+/// A [`Control`] as long as somebody else has it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct WeakControl(Weak<Inner>);
+
+impl WeakControl {
+    pub(crate) fn upgrade(&self) -> Option<Control> {
+        self.0.upgrade().map(Control)
+    }
+}
+
 struct Inner {
     pool: Arc<pool::Pool>,
     encoding: Encoding,
@@ -165,6 +175,10 @@ impl Control {
     /// See [`ControlOptions::open`].
     pub fn open() -> Result<Self> {
         ControlOptions::new().open()
+    }
+
+    pub(crate) fn downgrade(&self) -> WeakControl {
+        WeakControl(Arc::downgrade(&self.0))
     }
 
     /// The same handle, sending [paths](ControlOptions::device_paths).

@@ -681,7 +681,11 @@ impl Builder {
     pub fn start(self) -> Result<Running> {
         // Before the driver is asked for, so that a bad description is an error on any machine.
         self.plan()?;
-        self.add(&Control::open()?)?.start()
+        let control = match &self.workers {
+            Some(workers) => workers.control()?,
+            None => Control::open()?,
+        };
+        self.add(&control)?.start()
     }
 }
 

@@ -15,9 +15,7 @@ impl Event {
             unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) }
         });
         fd.map(Event).map_err(|errno| {
-            Error::new(ErrorKind::TooMany, "make an eventfd to wake a thread by")
-                .with_errno(errno)
-                .remedy_is("raise the limit of open files (ulimit -n)")
+            Error::new(ErrorKind::TooMany, "make an eventfd to wake a thread by").with_errno(errno)
         })
     }
 

@@ -25,9 +25,7 @@ pub(crate) fn setup_error(errno: Errno) -> Error {
         Errno::ENOMEM => error(ErrorKind::TooMany)
             .because("no memory for the ring, or the limit of locked memory is reached")
             .remedy_is("raise the limit of locked memory (ulimit -l)"),
-        Errno::EMFILE | Errno::ENFILE => {
-            error(ErrorKind::TooMany).remedy_is("raise the limit of open files (ulimit -n)")
-        }
+        Errno::EMFILE | Errno::ENFILE => error(ErrorKind::TooMany),
         _ => error(ErrorKind::Io),
     }
 }

@@ -201,6 +201,14 @@ impl IoCommands {
     }
 }
 
+/// An entry's bytes, for a ring of somebody else's.
+pub(crate) fn raw_entry(entry: &squeue::Entry) -> [u8; 64] {
+    const { assert!(size_of::<squeue::Entry>() == 64) };
+    // SAFETY: `entry` is 64 bytes long (checked above), repr(C) around the kernel's struct, and the crate builds it from a
+    // zeroed one, so that all are initialised.
+    unsafe { std::ptr::from_ref(entry).cast::<[u8; 64]>().read() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -10,7 +10,7 @@ use super::core::{Core, Shared};
 use super::mailbox::Mailbox;
 use super::queue::Start;
 use super::turn::{HandlerFactory, Message, Worker, Wreck, lose, refuse};
-use crate::control::Control;
+use crate::control::{Control, WeakControl};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::thread::ExitWatch;
 use crate::sys::{fork, thread};
@@ -244,7 +244,9 @@ fn prepare(cpus: &[u32], size: Size, mailbox: &Arc<Mailbox>) -> Result<(Core, Ve
 ///
 /// Clones are the same pool. Its threads end when the last clone and the last device on it are gone. A
 /// backend that blocks stalls every device that shares its worker: give such a device
-/// [`threads`](crate::Builder::threads). A worker that has to be given up, because a backend is stuck on it
+/// [`threads`](crate::Builder::threads). Each device takes one open file (`/dev/ublkcN`): the usual limit of 1024 is
+/// one of about a thousand devices. A worker serves at most 32,768 tags and has 16,384 places for registered
+/// buffers; what does not fit is refused with [`ErrorKind::TooMany`]. A worker that has to be given up, because a backend is stuck on it
 /// when its device is stopped, takes the other devices that it serves down with it.
 #[derive(Clone)]
 pub struct Workers(Arc<Inner>);
@@ -252,6 +254,9 @@ pub struct Workers(Arc<Inner>);
 struct Inner {
     workers: Vec<Arc<WorkerHandle>>,
     next: AtomicUsize,
+    /// What the devices on it speak to the driver by, as long as there is one.
+    control: Mutex<WeakControl>,
+    generation: u32,
 }
 
 impl Workers {
@@ -291,12 +296,37 @@ impl Workers {
             })
         });
         let workers = workers.collect::<Result<Vec<_>>>()?;
-        Ok(Workers(Arc::new(Inner { workers, next: AtomicUsize::new(0) })))
+        Ok(Workers(Arc::new(Inner {
+            workers,
+            next: AtomicUsize::new(0),
+            control: Mutex::default(),
+            generation: fork::generation(),
+        })))
     }
 
     /// The number of workers.
     pub fn count(&self) -> usize {
         self.0.workers.len()
+    }
+
+    /// One handle of the driver for all devices: otherwise each would take another descriptor, and threads for
+    /// its commands. A pool without devices keeps none, so that the driver can be unloaded.
+    ///
+    /// # Errors
+    ///
+    /// As [`Control::open`], and [`ErrorKind::Forked`] in a forked child.
+    pub(crate) fn control(&self) -> Result<Control> {
+        if self.0.generation != fork::generation() {
+            return Err(Error::new(ErrorKind::Forked, "start a device on a pool of workers")
+                .because("the pool was made before a fork, by the parent process"));
+        }
+        let mut kept = self.0.control.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(control) = kept.upgrade() {
+            return Ok(control);
+        }
+        let control = Control::open()?;
+        *kept = control.downgrade();
+        Ok(control)
     }
 
     /// The worker for another queue: each in turn, but for those that had to be given up.

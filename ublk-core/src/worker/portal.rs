@@ -14,6 +14,7 @@ use crate::control::Integrity;
 use crate::error::Errno;
 use crate::sys::fork::OwnFd;
 use crate::uapi;
+use crate::uring::sqe::Target;
 
 /// Where the data of a request begins in `/dev/ublkcN`.
 pub(crate) fn position(place: Place) -> u64 {
@@ -50,6 +51,12 @@ impl Portal {
 
     pub(crate) fn path(&self) -> DataPath {
         self.path
+    }
+
+    /// The device's file, for a command on a ring of somebody else's; `None` once the device has ended.
+    pub(crate) fn target(&self) -> Option<Target> {
+        let file = self.file.upgrade()?;
+        Some(Target::Fd(io_uring::types::Fd(file.as_raw_fd())))
     }
 
     /// Copies `len` bytes of a write's data, from byte `at`, to an address.

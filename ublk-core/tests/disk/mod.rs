@@ -18,9 +18,15 @@ use ublk_core::{Backend, Capabilities, RequestFlags};
 /// Long enough for anything that works, also in an emulated guest on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
+/// The same on a machine that is slower still, by the rig's word: it says 3 of an emulated processor.
+fn patience() -> Duration {
+    let scale = std::env::var("UBLK_TIMESCALE").ok().and_then(|scale| scale.parse::<f64>().ok());
+    SOON.mul_f64((scale.unwrap_or(1.0) / 3.0).clamp(1.0, 20.0))
+}
+
 /// Waits until something holds.
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    let end = Instant::now() + SOON;
+    let end = Instant::now() + patience();
     while !holds() {
         assert!(Instant::now() < end, "{what}: not in time");
         std::thread::sleep(Duration::from_millis(5));
@@ -36,7 +42,7 @@ pub(crate) fn bounded<T: Send + 'static>(
     let thread = std::thread::spawn(move || {
         let _ = done.send(run());
     });
-    match result.recv_timeout(SOON) {
+    match result.recv_timeout(patience()) {
         Ok(value) => {
             thread.join().unwrap();
             value
@@ -335,7 +341,7 @@ impl Server {
     }
 
     pub(crate) fn wait(&mut self) -> std::process::ExitStatus {
-        let end = Instant::now() + SOON;
+        let end = Instant::now() + patience();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;

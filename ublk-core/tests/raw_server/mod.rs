@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use io_uring::{IoUring, squeue, types};
-use ublk_core::control::{AddDevice, Control, DeviceInfo, DeviceParams};
+use ublk_core::control::{AddDevice, Control, DeviceInfo, DeviceParams, FeatureRequest, Features};
 use ublk_core::uapi;
 
 use crate::disk::{Aligned, SOON, eventually};
@@ -36,8 +36,13 @@ pub(crate) struct Raw {
 
 impl Raw {
     pub(crate) fn add(params: &DeviceParams) -> Self {
+        Self::add_with(params, Features::NONE)
+    }
+
+    pub(crate) fn add_with(params: &DeviceParams, features: Features) -> Self {
         let control = Control::open().unwrap();
-        let info = control.add_dev(&AddDevice::new(params)).unwrap();
+        let features = FeatureRequest::require(features);
+        let info = control.add_dev(&AddDevice { features, ..AddDevice::new(params) }).unwrap();
         let params = params.to_builder().queues(info.queues).build().unwrap();
         control.set_params(info.id, &params).unwrap();
         let path = format!("/dev/ublkc{}", info.id);

@@ -23,7 +23,20 @@ from __future__ import annotations
 from ublk._backend import AnyBackend, AsyncBackend, Backend, RawBackend
 from ublk._device import Device, recover
 from ublk._machine import delete, features, list  # noqa: A004
-from ublk._native import File, GoneError, Mem, Null, Request, StateError, Workers, ZonedMem, __version__
+from ublk._native import (
+    Fault,
+    File,
+    GoneError,
+    Mem,
+    Null,
+    Request,
+    StateError,
+    Stripe,
+    Workers,
+    WriteCache,
+    ZonedMem,
+    __version__,
+)
 from ublk._size import parse_size
 from ublk._types import DataPath, DeviceInfo, Flags, OpStats, QueueStats, Recovery, Stats, Zone, Zoned
 
@@ -34,6 +47,7 @@ __all__ = [
     "DataPath",
     "Device",
     "DeviceInfo",
+    "Fault",
     "File",
     "Flags",
     "GoneError",
@@ -46,7 +60,9 @@ __all__ = [
     "Request",
     "StateError",
     "Stats",
+    "Stripe",
     "Workers",
+    "WriteCache",
     "Zone",
     "Zoned",
     "ZonedMem",

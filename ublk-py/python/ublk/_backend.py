@@ -6,7 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ublk._native import File, Mem, Null, ZonedMem
+from ublk._native import Fault, File, Mem, Null, Stripe, WriteCache, ZonedMem
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -54,7 +54,17 @@ class Backend(Protocol):
     """
 
     def pread(self, buf: memoryview, offset: int, /) -> int | None:
-        """Fills ``buf`` from byte ``offset`` of the disk."""
+        """Fills ``buf`` from byte ``offset`` of the disk.
+
+        >>> class Letters:
+        ...     def pread(self, buf, offset):
+        ...         buf[:] = b"A" * len(buf)
+        >>> import ublk
+        >>> with ublk.Device(Letters(), size="1MiB") as dev:
+        ...     with open(dev.path, "rb", buffering=0) as disk:
+        ...         disk.read(3)
+        b'AAA'
+        """
 
 
 class AsyncBackend(Protocol):
@@ -73,7 +83,18 @@ class AsyncBackend(Protocol):
     """
 
     def pread(self, buf: memoryview, offset: int, /) -> Awaitable[int | None]:
-        """Fills ``buf`` from byte ``offset`` of the disk."""
+        """Fills ``buf`` from byte ``offset`` of the disk.
+
+        >>> class Letters:
+        ...     async def pread(self, buf, offset):
+        ...         await asyncio.sleep(0.001)
+        ...         buf[:] = b"A" * len(buf)
+        >>> import asyncio, ublk
+        >>> with ublk.Device(Letters(), size="1MiB") as dev:
+        ...     with open(dev.path, "rb", buffering=0) as disk:
+        ...         disk.read(3)
+        b'AAA'
+        """
 
 
 class RawBackend(Protocol):
@@ -91,13 +112,34 @@ class RawBackend(Protocol):
     """
 
     def handle(self, request: Request, /) -> object:
-        """Takes a request, which is to be completed once."""
+        """Takes a request, which is to be completed once, at any time: nothing here may wait.
+
+        >>> class Letters:
+        ...     def handle(self, request):
+        ...         if request.op == "read":
+        ...             request.buffer[:] = b"A" * request.length
+        ...         request.complete()
+        >>> import ublk
+        >>> with ublk.Device(Letters(), size="1MiB", read_only=True) as dev:
+        ...     with open(dev.path, "rb", buffering=0) as disk:
+        ...         disk.read(3)
+        b'AAA'
+        """
 
 
-AnyBackend: TypeAlias = "Backend | AsyncBackend | RawBackend | ModuleType | Null | Mem | File | ZonedMem"
-"""Everything that `Device` takes."""
+AnyBackend: TypeAlias = (
+    "Backend | AsyncBackend | RawBackend | ModuleType | Null | Mem | File | Stripe | ZonedMem | Fault | WriteCache"
+)
+"""Everything that `Device` takes.
 
-READY_MADE = (Null, Mem, File, ZonedMem)
+>>> import ublk
+>>> def serve(backend: "ublk.AnyBackend") -> ublk.Device:
+...     return ublk.Device(backend, size="1GiB")
+>>> serve(ublk.Null()).size >> 30
+1
+"""
+
+READY_MADE = (Null, Mem, File, Stripe, ZonedMem, Fault, WriteCache)
 
 _METHODS = ("pread", "pwrite", "flush", "trim", "zero", "report_zones", "append", "zone", "handle")
 

@@ -13,6 +13,7 @@ __all__ = [
     "Buffer",
     "Calls",
     "Device",
+    "Fault",
     "File",
     "GoneError",
     "Inbox",
@@ -21,7 +22,9 @@ __all__ = [
     "Request",
     "Spec",
     "StateError",
+    "Stripe",
     "Workers",
+    "WriteCache",
     "ZonedMem",
     "__version__",
     "close_log",
@@ -34,15 +37,42 @@ __all__ = [
 ]
 
 __version__: str
+"""This package's version.
+
+>>> import ublk
+>>> len(ublk.__version__.split("."))
+3
+"""
 
 _Methods: TypeAlias = Mapping[str, tuple[Callable[..., Any], bool]]
 _Size: TypeAlias = SupportsIndex | str
 
 class StateError(RuntimeError):
-    """The device is in another state than the call needs, or the call would wait for its own caller."""
+    """The device is in another state than the call needs, or the call would wait for its own caller.
+
+    >>> import ublk
+    >>> try:
+    ...     ublk.Device(ublk.Null(), size="1GiB").path
+    ... except ublk.StateError as error:
+    ...     print(error)
+    the device has no number yet: it was not started
+    """
 
 class GoneError(StateError):
-    """The request was answered by a stop, or its device has ended, before it was completed."""
+    """The request was answered by a stop, or its device has ended, before it was completed.
+
+    The client has got EIO. There is nothing to do but to let the request go:
+
+    >>> import ublk
+    >>> def complete(request):
+    ...     try:
+    ...         request.complete()
+    ...     except ublk.GoneError:
+    ...         return False
+    ...     return True
+    >>> complete(request)
+    True
+    """
 
 @final
 class Buffer: ...  # of which `memoryview` makes a view
@@ -60,43 +90,96 @@ class Inbox:
 
 @final
 class Request:
-    """One request of a disk's client, for `RawBackend` backends: to be completed once, from any thread.
+    r"""One request of a disk's client, for `RawBackend` backends: to be completed once, from any thread.
 
     One that is dropped without that is answered with EIO. Offsets and lengths are bytes.
+
+    >>> import threading, ublk
+    >>> class Zeroes:
+    ...     def handle(self, request):
+    ...         threading.Thread(target=request.complete).start()
+    >>> with ublk.Device(Zeroes(), size="1MiB") as dev:
+    ...     with open(dev.path, "rb", buffering=0) as disk:
+    ...         disk.read(4)
+    b'\x00\x00\x00\x00'
+
+    In the examples of its members ``request`` is one that a backend was handed: a client's read of 4096 bytes at byte 8192.
     """
 
     @property
     def op(self) -> str:
         """``"read"``, ``"write"``, ``"flush"``, ``"trim"`` or ``"zero"``; of a zoned disk also ``"append"``,
         ``"report_zones"``, ``"open"``, ``"close"``, ``"finish"``, ``"reset"`` and ``"reset_all"``.
+
+        >>> request.op
+        'read'
         """
     @property
     def offset(self) -> int:
-        """Where the range starts; 0 for a flush."""
+        """Where the range starts; 0 for a flush.
+
+        >>> request.offset
+        8192
+        """
     @property
     def length(self) -> int:
-        """Bytes of the range; 0 for a flush and a report of zones."""
+        """Bytes of the range; 0 for a flush and a report of zones.
+
+        >>> request.length
+        4096
+        """
     @property
     def flags(self) -> Flags:
-        """What it asks for besides."""
+        """What it asks for besides.
+
+        >>> ublk.Flags.FUA in request.flags
+        False
+        """
     @property
     def zones(self) -> int:
-        """How many zones are to be reported at most."""
+        """How many zones are to be reported at most; 0 for the other operations.
+
+        >>> request.zones
+        0
+        """
     @property
     def device(self) -> int:
-        """The device's number."""
+        """The device's number.
+
+        >>> request.device >= 0
+        True
+        """
     @property
     def queue(self) -> int:
-        """The queue's number."""
+        """The queue's number.
+
+        >>> request.queue
+        0
+        """
     @property
     def tag(self) -> int:
-        """The request's number in its queue, used again by later ones."""
+        """The request's number in its queue, below its depth, used again by later ones.
+
+        >>> 0 <= request.tag < 128
+        True
+        """
     @property
     def buffer(self) -> memoryview | None:
-        """The data: of a read to be filled, of a write read-only; None for the others."""
+        """The data, without a copy: of a read to be filled, and zeroed before; of a write read-only; None for the others.
+
+        It may be kept: the memory stays as it is for as long as somebody sees it.
+
+        >>> request.buffer[:5] = b"hello"
+        >>> len(request.buffer)
+        4096
+        """
     @property
     def completed(self) -> bool:
-        """Whether it was completed."""
+        """Whether it was completed.
+
+        >>> request.completed
+        False
+        """
     def complete(self, result: object = None) -> None:
         """Answers it: None or the length for success; a negative errno or an exception for failure; of an append the byte
         where the data went, of a report the list of zones.
@@ -104,6 +187,13 @@ class Request:
         Raises:
             StateError: It was completed before.
             GoneError: A stop was faster: the client has got EIO.
+            TypeError: It is a negative number that is no errno.
+
+        >>> request.complete()
+        >>> request.complete()
+        Traceback (most recent call last):
+        ...
+        ublk.StateError: the read of device ... was completed before
         """
     def _returned(self, value: object, /) -> None: ...
     def _raised(self, error: BaseException) -> None: ...
@@ -151,43 +241,166 @@ class Workers:
 
     A backend that blocks stalls every device on its worker: give such a device ``threads``. The threads are started with
     the first device, and end with the pool and the last one.
+
+    Args:
+        count: How many, 1 to 1024.
+
+    Raises:
+        ValueError: It is another number.
+
+    >>> import contextlib, ublk
+    >>> pool = ublk.Workers(2)
+    >>> with contextlib.ExitStack() as stack:
+    ...     disks = [ublk.Device(ublk.Null(), size="1GiB", workers=pool) for _ in range(3)]
+    ...     len({stack.enter_context(disk).path for disk in disks})
+    3
     """
 
     def __new__(cls, count: int) -> Workers: ...
     @property
     def count(self) -> int:
-        """How many there are, 1 to 1024."""
+        """How many there are, 1 to 1024.
+
+        >>> ublk.Workers(2).count
+        2
+        """
 
 @final
 class Null:
-    """Answers every request at once: reads give zeroes, writes are forgotten. For measuring what everything else costs."""
+    """Answers every request at once: reads give zeroes, writes are forgotten. For measuring what everything else costs.
+
+    >>> import ublk
+    >>> with ublk.Device(ublk.Null(), size="1TiB") as dev:
+    ...     dev.size == 1 << 40
+    True
+    """
 
     def __new__(cls) -> Null: ...
-    def pread(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def flush(self) -> None: ...
-    def trim(self, count: int, offset: int) -> None: ...
-    def zero(self, count: int, offset: int) -> None: ...
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` with zeroes.
+
+        >>> buf = bytearray(b"data")
+        >>> ublk.Null().pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+        """Forgets ``buf``.
+
+        >>> ublk.Null().pwrite(b"data", 0)
+        """
+    def flush(self) -> None:
+        """Does nothing.
+
+        >>> ublk.Null().flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Does nothing.
+
+        >>> ublk.Null().trim(4096, 0)
+        """
+    def zero(self, count: int, offset: int) -> None:
+        """Does nothing.
+
+        >>> ublk.Null().zero(4096, 0)
+        """
 
 @final
 class Mem:
     """A sparse disk in memory: what was written takes memory, what was discarded gives it back.
 
     Its methods are those of a `Backend`, for Python backends that wrap it.
+
+    Args:
+        size: Bytes of the disk: an int, or a string as of `parse_size`.
+
+    Raises:
+        ValueError: It is no size.
+
+    >>> import ublk
+    >>> class Logged:
+    ...     def __init__(self):
+    ...         self.mem, self.log = ublk.Mem("1MiB"), []
+    ...     def pread(self, buf, offset):
+    ...         self.log.append((offset, len(buf)))
+    ...         self.mem.pread(buf, offset)
+    >>> with ublk.Device(Logged(), size="1MiB") as dev:
+    ...     dev.size
+    1048576
     """
 
     def __new__(cls, size: _Size) -> Mem: ...
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """Bytes of the disk.
+
+        >>> ublk.Mem("1MiB").size
+        1048576
+        """
     @property
     def used(self) -> int:
-        """Bytes of memory that the contents take."""
-    def pread(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def flush(self) -> None: ...
-    def trim(self, count: int, offset: int) -> None: ...
-    def zero(self, count: int, offset: int) -> None: ...
+        """Bytes of memory that the contents take.
+
+        >>> mem = ublk.Mem("1GiB")
+        >>> mem.used
+        0
+        >>> mem.pwrite(b"x" * 4096, 0)
+        >>> 0 < mem.used < 1 << 24
+        True
+        """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` on.
+
+        Raises:
+            OSError: The range is not within the disk (EINVAL).
+
+        >>> buf = bytearray(4)
+        >>> ublk.Mem("1MiB").pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+        """Stores ``buf`` from byte ``offset`` on.
+
+        Raises:
+            OSError: The range is not within the disk (EINVAL).
+
+        >>> mem, buf = ublk.Mem("1MiB"), bytearray(4)
+        >>> mem.pwrite(b"data", 512)
+        >>> mem.pread(buf, 512)
+        >>> buf
+        bytearray(b'data')
+        """
+    def flush(self) -> None:
+        """Does nothing: memory is as durable as it gets.
+
+        >>> ublk.Mem("1MiB").flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Gives the memory of a range back, which reads as zeroes then. Bytes.
+
+        Raises:
+            OSError: The range is not within the disk (EINVAL).
+
+        >>> mem = ublk.Mem("1MiB")
+        >>> mem.pwrite(b"x" * mem.size, 0)
+        >>> mem.trim(mem.size, 0)
+        >>> mem.used
+        0
+        """
+    def zero(self, count: int, offset: int) -> None:
+        r"""Makes a range read as zeroes. Bytes.
+
+        Raises:
+            OSError: The range is not within the disk (EINVAL).
+
+        >>> mem, buf = ublk.Mem("1MiB"), bytearray(4)
+        >>> mem.pwrite(b"data", 0)
+        >>> mem.zero(2, 0)
+        >>> mem.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00ta')
+        """
 
 @final
 class File:
@@ -204,6 +417,13 @@ class File:
     Raises:
         OSError: What ``open(2)`` says.
         ValueError: A size does not fit the file.
+
+    >>> import pathlib, tempfile, ublk
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = pathlib.Path(folder, "disk.img")
+    ...     with ublk.Device(ublk.File(path, create="64MiB")) as dev:
+    ...         dev.size
+    67108864
     """
 
     def __new__(
@@ -218,15 +438,332 @@ class File:
     ) -> File: ...
     @property
     def size(self) -> int:
-        """Bytes of the file when it was opened."""
+        """Bytes of the file when it was opened.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.size
+        1048576
+        """
     @property
     def path(self) -> os.PathLike[str]:
-        """The file."""
-    def pread(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def flush(self) -> None: ...
-    def trim(self, count: int, offset: int) -> None: ...
-    def zero(self, count: int, offset: int) -> None: ...
+        """The file.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.path.name
+        'disk.img'
+        """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` of the file.
+
+        Raises:
+            OSError: What ``pread(2)`` says; EIO beyond the file's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+        """Stores ``buf`` from byte ``offset`` of the file.
+
+        Raises:
+            OSError: What ``pwrite(2)`` says.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.pwrite(b"data", 512)
+        >>> file.pread(buf, 512)
+        >>> buf
+        bytearray(b'data')
+        """
+    def flush(self) -> None:
+        """Makes durable what was written (``fdatasync(2)``).
+
+        Raises:
+            OSError: What that says.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Gives the space of a range back, which reads as zeroes then. Bytes.
+
+        Raises:
+            OSError: What ``fallocate(2)`` says.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.trim(4096, 0)
+        """
+    def zero(self, count: int, offset: int) -> None:
+        r"""Makes a range read as zeroes: by a hole where the file system has them, otherwise by writing. Bytes.
+
+        Raises:
+            OSError: What ``fallocate(2)`` or ``pwrite(2)`` says.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
+        >>> file.pwrite(b"data", 0)
+        >>> file.zero(2, 0)
+        >>> file.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00ta')
+        """
+
+@final
+class Stripe:
+    """Several files or block devices as one disk (RAID 0), in turns of a chunk.
+
+    Args:
+        members: The files, in their order.
+        chunk: Bytes that go to a member before it is the next one's turn: a multiple of the logical block size. Default
+            512 KiB. It has to be the same each time.
+        create: Makes members that do not exist, large enough for a disk of this size.
+        direct: Goes past the page cache (``O_DIRECT``).
+        read_only: Opens them for reading alone.
+        sync: As of `File`.
+        block_size: Bytes of the disk's logical blocks. Default the least that the members allow.
+
+    Raises:
+        OSError: What ``open(2)`` says of a member.
+        ValueError: The sizes do not fit together.
+
+    >>> import pathlib, tempfile, ublk
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     members = [pathlib.Path(folder, name) for name in ("a", "b")]
+    ...     with ublk.Device(ublk.Stripe(members, create="64MiB")) as dev:
+    ...         dev.size
+    67108864
+    """
+
+    def __new__(
+        cls,
+        members: Sequence[str | os.PathLike[str]],
+        *,
+        chunk: _Size | None = None,
+        create: _Size | None = None,
+        direct: bool = False,
+        read_only: bool = False,
+        sync: str = "flush",
+        block_size: int | None = None,
+    ) -> Stripe: ...
+    @property
+    def size(self) -> int:
+        """Bytes of the disk.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB").size >> 20
+        64
+        """
+    @property
+    def chunk(self) -> int:
+        """Bytes of a chunk.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB", chunk="64KiB").chunk
+        65536
+        """
+
+@final
+class Fault:
+    """Another ready-made backend, and rules that come before it: requests fail, are late, hang or get lost. For tests of what
+    uses the disk. Rules are changed while it is in use. See ``docs/faults.md``.
+
+    >>> import errno, mmap, ublk
+    >>> fault = ublk.Fault(ublk.Mem("1MiB"))
+    >>> with ublk.Device(fault) as dev:
+    ...     rule = fault.add("error", errno=errno.ENOSPC, ops=["write"])
+    ...     disk = os.open(dev.path, os.O_WRONLY | os.O_DIRECT)
+    ...     try:
+    ...         _ = os.pwritev(disk, [mmap.mmap(-1, 4096)], 0)
+    ...     except OSError as error:
+    ...         print(errno.errorcode[error.errno])
+    ...     finally:
+    ...         os.close(disk)
+    ENOSPC
+    """
+
+    def __new__(cls, backend: Null | Mem | File | Stripe | WriteCache) -> Fault: ...
+    @property
+    def size(self) -> int | None:
+        """Bytes of the disk; None of a `Null`.
+
+        >>> ublk.Fault(ublk.Mem("1MiB")).size
+        1048576
+        """
+    def add(
+        self,
+        action: str,
+        *,
+        errno: int | None = None,
+        delay: float | tuple[float, float] | None = None,
+        ops: Sequence[str] | None = None,
+        range: tuple[int, int] | None = None,
+        probability: float = 1.0,
+        every: int = 1,
+        skip: int = 0,
+        limit: int | None = None,
+    ) -> int:
+        """Adds a rule behind those that are there, and returns its number.
+
+        A request matches if its operation is among ``ops`` and it touches ``range``. Of those that match, the first ``skip``
+        are passed over; of the others each ``every``-th is taken, and of these each by ``probability``; ``limit`` times at most.
+
+        Args:
+            action: ``"error"`` (with ``errno``), ``"delay"`` (with ``delay``), ``"hold"`` (until `release`), ``"drop"``,
+                ``"panic"``, or ``"abort"``, which kills this process.
+            errno: What the client sees, where the kernel carries it.
+            delay: Seconds, or the least and the most of them.
+            ops: Of ``"read"``, ``"write"``, ``"flush"``, ``"trim"`` and ``"zero"``. Default all.
+            range: First byte, and the one after the last. Default the whole disk.
+            probability: 0 to 1.
+            every: 1 for all.
+            skip: How many are passed over.
+            limit: How often at most. Default without end.
+
+        Raises:
+            ValueError: An argument is out of its range.
+
+        >>> fault = ublk.Fault(ublk.Mem("1MiB"))
+        >>> fault.add("delay", delay=(0.001, 0.01), ops=["read"], probability=0.1) >= 0
+        True
+        """
+    def remove(self, rule: int) -> bool:
+        """Takes a rule away; False if it is gone.
+
+        >>> fault = ublk.Fault(ublk.Mem("1MiB"))
+        >>> rule = fault.add("drop")
+        >>> fault.remove(rule), fault.remove(rule)
+        (True, False)
+        """
+    def clear(self) -> None:
+        """Takes all rules away. What is held stays held.
+
+        >>> fault = ublk.Fault(ublk.Mem("1MiB"))
+        >>> rule = fault.add("drop")
+        >>> fault.clear()
+        >>> fault.remove(rule)
+        False
+        """
+    def seed(self, seed: int) -> None:
+        """Starts the sequence of random numbers again.
+
+        >>> ublk.Fault(ublk.Mem("1MiB")).seed(42)
+        """
+    def release(self) -> int:
+        """Lets all requests go on that are held, and returns how many those were.
+
+        >>> ublk.Fault(ublk.Mem("1MiB")).release()
+        0
+        """
+    @property
+    def held(self) -> int:
+        """How many requests are held now.
+
+        >>> ublk.Fault(ublk.Mem("1MiB")).held
+        0
+        """
+    def wait_held(self, count: int = 1, timeout: float = 30.0) -> bool:
+        """Waits until at least ``count`` requests are held; False if they are not within ``timeout`` seconds.
+
+        >>> import threading
+        >>> fault = ublk.Fault(ublk.Mem("1MiB"))
+        >>> with ublk.Device(fault) as dev:
+        ...     rule = fault.add("hold", ops=["read"], limit=1)
+        ...     with open(dev.path, "rb", buffering=0) as disk:
+        ...         client = threading.Thread(target=os.pread, args=(disk.fileno(), 512, 1 << 19))
+        ...         client.start()
+        ...         came = fault.wait_held()
+        ...         released = fault.release()
+        ...         client.join()
+        >>> came, released
+        (True, 1)
+        """
+    @property
+    def injected(self) -> dict[str, float]:
+        """What has been done so far: ``errors``, ``delays``, ``delayed`` (seconds), ``drops``, ``holds``, ``panics``.
+
+        >>> ublk.Fault(ublk.Mem("1MiB")).injected["errors"]
+        0
+        """
+
+@final
+class WriteCache:
+    """A `Mem` behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
+
+    Args:
+        backend: What is behind it.
+        capacity: Bytes that the cache holds; when it is full, all is passed on. Default 256 MiB.
+
+    >>> import ublk
+    >>> cache = ublk.WriteCache(ublk.Mem("1MiB"))
+    >>> with ublk.Device(cache) as dev:
+    ...     with open(dev.path, "r+b", buffering=0) as disk:
+    ...         _ = disk.write(b"x" * 4096)
+    ...         os.fsync(disk.fileno())
+    ...     cache.cut()
+    0
+    """
+
+    def __new__(cls, backend: Mem, *, capacity: _Size | None = None) -> WriteCache: ...
+    @property
+    def size(self) -> int:
+        """Bytes of the disk.
+
+        >>> ublk.WriteCache(ublk.Mem("1MiB")).size
+        1048576
+        """
+    def cut(self) -> int:
+        """Cuts the power: what is not durable is lost, and requests fail with EIO until `restore`. Returns the bytes lost.
+
+        >>> ublk.WriteCache(ublk.Mem("1MiB")).cut()
+        0
+        """
+    def cut_some(self, probability: float, seed: int = 0) -> tuple[int, int]:
+        """As `cut`, but each sector survives with ``probability``. Returns the bytes lost and those that survived.
+
+        Raises:
+            ValueError: The probability is not from 0 to 1.
+
+        >>> ublk.WriteCache(ublk.Mem("1MiB")).cut_some(0.5, seed=1)
+        (0, 0)
+        """
+    def restore(self) -> None:
+        """Requests are served again, from what has survived.
+
+        >>> cache = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> _ = cache.cut()
+        >>> cache.restore()
+        >>> cache.is_on
+        True
+        """
+    @property
+    def is_on(self) -> bool:
+        """Whether the power is on.
+
+        >>> ublk.WriteCache(ublk.Mem("1MiB")).is_on
+        True
+        """
+    @property
+    def unflushed(self) -> int:
+        """Bytes that a cut would lose now.
+
+        >>> ublk.WriteCache(ublk.Mem("1MiB")).unflushed
+        0
+        """
 
 @final
 class ZonedMem:
@@ -243,6 +780,12 @@ class ZonedMem:
 
     Raises:
         ValueError: The sizes do not fit together.
+
+    >>> import ublk
+    >>> with ublk.Device(ublk.ZonedMem("64MiB", "4MiB")) as dev:
+    ...     with open(f"/sys/block/ublkb{dev.id}/queue/zoned") as zoned:
+    ...         zoned.read().strip()
+    'host-managed'
     """
 
     def __new__(
@@ -258,12 +801,46 @@ class ZonedMem:
     ) -> ZonedMem: ...
     @property
     def size(self) -> int:
-        """Bytes of the disk."""
+        """Bytes of the disk.
+
+        >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+        >>> disk.size >> 20
+        64
+        """
     @property
     def used(self) -> int:
-        """Bytes of memory that the contents take."""
-    def pread(self, buf: ReadableBuffer, offset: int) -> None: ...
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None: ...
+        """Bytes of memory that the contents take.
+
+        >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+        >>> disk.used
+        0
+        """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` on.
+
+        Raises:
+            OSError: The range is not within the disk (EINVAL).
+
+        >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+        >>> buf = bytearray(b"data")
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+        """Stores ``buf`` from byte ``offset`` on, which is the write pointer of a sequential zone.
+
+        Raises:
+            OSError: It is not (EIO), or the zone is full.
+
+        >>> disk = ublk.ZonedMem("64MiB", "4MiB")
+        >>> disk.pwrite(b"x" * 512, 0)
+        >>> try:
+        ...     disk.pwrite(b"x" * 512, 0)
+        ... except OSError as error:
+        ...     error.errno == 5
+        True
+        """
 
 def next_record() -> tuple[int, str, str, BaseException | None] | None: ...
 def finish_endings() -> None: ...

@@ -14,6 +14,11 @@ DataPath = Literal["auto", "copy", "need-get-data", "user-copy", "zero-copy", "a
 ``"auto"``: as is best for the backend; ``"copy"``: the driver copies; ``"user-copy"``: the server copies, by
 ``pread`` and ``pwrite`` on the device's file (Linux 6.5); ``"zero-copy"`` and ``"auto-buf-reg"``: the client's own
 pages, for the backends in Rust that pass data on (Linux 6.15, 6.16). See ``docs/architecture.md``.
+
+>>> import ublk
+>>> with ublk.Device(ublk.Mem("1MiB"), data_path="user-copy") as dev:
+...     dev.data_path
+'user-copy'
 """
 
 Recovery = Literal["wait", "reissue", "fail"]
@@ -21,6 +26,11 @@ Recovery = Literal["wait", "reissue", "fail"]
 
 ``"wait"``: new requests wait, those that the server had fail; ``"reissue"``: those go to the next server, too;
 ``"fail"``: new requests fail (Linux 6.13).
+
+>>> import ublk
+>>> with ublk.Device(ublk.Mem("1MiB"), recovery="wait") as dev:
+...     "USER_RECOVERY" in dev.features
+True
 """
 
 
@@ -221,7 +231,11 @@ class DeviceInfo:
 
     @property
     def path(self) -> str:
-        """The disk's node."""
+        """The disk's node.
+
+        >>> DeviceInfo(id=3).path
+        '/dev/ublkb3'
+        """
         return f"/dev/ublkb{self.id}"
 
 

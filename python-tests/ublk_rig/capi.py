@@ -1,0 +1,206 @@
+"""The C library as a user has it: built, installed into a prefix of its own, and programs compiled against it."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from ublk_rig import layout
+
+CAPI = layout.TREE / "ublk-capi"
+EXAMPLES = CAPI / "examples"
+TESTS = CAPI / "tests/c"
+STRICT = ("-Wall", "-Wextra", "-Werror", "-pedantic")
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+
+class CannotBuild(AssertionError):
+    """The library or a program does not build."""
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """How a program is compiled."""
+
+    compiler: str = "gcc"
+    flags: tuple[str, ...] = ()
+    static: bool = False
+
+    @property
+    def tag(self) -> str:
+        """For file names."""
+        static = ["static"] if self.static else []
+        sanitized = ["sanitized"] if self.flags == SANITIZED else []
+        return "-".join([self.compiler, *static, *sanitized])
+
+
+def target_dir() -> Path:
+    """Where cargo builds."""
+    return Path(os.environ.get("CARGO_TARGET_DIR", layout.TREE / "target"))
+
+
+def make(*argv: str, env: dict[str, str] | None = None) -> str:
+    """The library's Makefile."""
+    done = subprocess.run(
+        ["make", "-s", "-C", CAPI, *argv],
+        env={**os.environ, "CARGO_BUILD_JOBS": "2", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise CannotBuild(f"make {' '.join(argv)}:\n{done.stdout}")
+    return done.stdout
+
+
+def _built() -> str:
+    """What there is to install, in short."""
+    out = target_dir() / "capi/release"
+    files = [
+        *sorted((layout.TREE / "include").iterdir()),
+        *sorted(out.glob("libublk_rs.*")),
+        *sorted(out.glob("man/*")),
+    ]
+    digest = hashlib.sha256((out / "ublk-rs.pc").read_bytes())
+    for file in files:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def prefix() -> Path:
+    """Build the library and install it, once a session, and only if it is another: guests may be looking at it."""
+    where = target_dir() / "capi/prefix"
+    where.mkdir(parents=True, exist_ok=True)
+    with (where.parent / "prefix.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make("all", f"PREFIX={where}")
+        stamp, built = where / "installed", _built()
+        if not stamp.exists() or stamp.read_text() != built:
+            stamp.unlink(missing_ok=True)
+            make("install", f"PREFIX={where}")
+            stamp.write_text(built)
+    return where
+
+
+@functools.cache
+def stripped() -> Path:
+    """The shared library without what a debugger knows, of which valgrind would read all: a third of its start."""
+    into = target_dir() / "capi/stripped"
+    into.mkdir(parents=True, exist_ok=True)
+    part = into / f"part.{os.getpid()}"
+    library = (prefix() / "lib/libublk_rs.so.0").resolve()
+    subprocess.run(["strip", "--strip-debug", "-o", part, library], check=True)
+    part.rename(into / "libublk_rs.so.0")
+    return into
+
+
+def pkg_config(*argv: str, where: Path | None = None) -> list[str]:
+    """What pkg-config says of the installed library."""
+    env = {**os.environ, "PKG_CONFIG_PATH": str((where or prefix()) / "lib/pkgconfig")}
+    done = subprocess.run(["pkg-config", *argv, "ublk-rs"], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def _flags(source: Path, flavour: Flavour) -> list[str]:
+    lib = str(prefix() / "lib")
+    if flavour.static:
+        found = [
+            lib + "/libublk_rs.a" if f == "-lublk_rs" else f for f in pkg_config("--cflags", "--libs", "--static")
+        ]
+    else:
+        found = [*pkg_config("--cflags", "--libs"), f"-Wl,-rpath,{lib},--enable-new-dtags"]
+    standard = "-std=c++17" if source.suffix == ".cpp" else "-std=c11"
+    return [standard, "-O2", "-g", *STRICT, *flavour.flags, str(source), "-pthread", *found]
+
+
+@functools.cache
+def program(source: Path, flavour: Flavour = Flavour()) -> Path:
+    """Compile a program against the installed library."""
+    compiler = flavour.compiler.replace("gcc", "g++").replace("clang", "clang++")
+    compiler = compiler if source.suffix == ".cpp" else flavour.compiler
+    if not shutil.which(compiler):
+        raise CannotBuild(f"no {compiler}: run `make setup`")
+    into = target_dir() / "capi/programs"
+    into.mkdir(parents=True, exist_ok=True)
+    out = into / f"{source.stem}-{flavour.tag}"
+    part = out.with_suffix(".part")
+    done = subprocess.run(
+        [compiler, *_flags(source, flavour), "-o", part], capture_output=True, text=True, check=False
+    )
+    if done.returncode or done.stderr:
+        raise CannotBuild(f"{compiler} {source.name}:\n{done.stderr}")
+    part.rename(out)
+    return out
+
+
+TRIPLE = "x86_64-unknown-linux-gnu"
+
+
+def no_nightly() -> str:
+    """Why Rust cannot be sanitized here, if it cannot."""
+    try:
+        done = subprocess.run(
+            ["rustc", "+nightly", "--print", "sysroot"], cwd=layout.TREE, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "no rustc"
+    return "" if done.returncode == 0 else "no nightly toolchain: Rust is not sanitized"
+
+
+@functools.cache
+def sanitized_archive() -> Path:
+    """The library, its Rust under AddressSanitizer (std's as it comes)."""
+    target = target_dir() / "sanitized"
+    done = subprocess.run(
+        ["cargo", "+nightly", "build", "--quiet", "--release", "-p", "ublk-capi", "--target", TRIPLE],
+        cwd=layout.TREE,
+        env={
+            "CARGO_BUILD_JOBS": "2",
+            **os.environ,
+            "RUSTFLAGS": "-Zsanitizer=address",
+            "CARGO_TARGET_DIR": str(target),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise CannotBuild(done.stdout)
+    return target / TRIPLE / "release/libublk_rs.a"
+
+
+@functools.cache
+def sanitized_program(source: Path) -> Path:
+    """A program and the library in it, both sanitized."""
+    archive = sanitized_archive()
+    out = target_dir() / "capi/programs" / f"{source.stem}-all-sanitized"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rest = [f for f in pkg_config("--cflags", "--libs", "--static") if f != "-lublk_rs"]
+    # gcc brings the runtime; the compilers agree on what it is asked.
+    argv: list[str | Path] = [
+        "gcc",
+        "-std=c11",
+        "-O1",
+        "-g",
+        "-fsanitize=address",
+        source,
+        archive,
+        "-pthread",
+        *rest,
+        "-o",
+        out,
+    ]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CannotBuild(done.stderr)
+    return out

@@ -1,0 +1,269 @@
+/*
+ * What becomes of a disk in its life, by the C library: `life CASE`, or `life list`. Says "unsupported" on stdout where the
+ * kernel does not have it, after it has seen the documented error.
+ */
+
+#define _GNU_SOURCE
+#include "check.h"
+
+#include <signal.h>
+#include <sys/prctl.h>
+
+static unsigned char memory[2 * SIZE];
+static ublk_rs_error *error;
+
+static uint64_t patience(void) { return (uint64_t)(20000 * scale()); }
+
+static int do_read(void *user, void *buf, size_t length, uint64_t offset) {
+    memcpy(buf, (unsigned char *)user + offset, length);
+    return 0;
+}
+
+static int do_write(void *user, const void *data, size_t length, uint64_t offset, uint32_t flags) {
+    (void)flags;
+    memcpy((unsigned char *)user + offset, data, length);
+    return 0;
+}
+
+static const ublk_rs_backend MEMORY = {.size = sizeof MEMORY, .read = do_read, .write = do_write};
+
+static ublk_rs_device *made(const char *require) {
+    ublk_rs_device *device = NULL;
+    WORKS(ublk_rs_device_new(SIZE, &MEMORY, memory, &device, error));
+    if (*require) WORKS(ublk_rs_device_set(device, "require", require, error));
+    WORKS(ublk_rs_device_set_number(device, "fingerprint", 0x4711, error));
+    return device;
+}
+
+static void stopped(ublk_rs_device *device) {
+    WORKS(ublk_rs_device_stop(device, patience(), error));
+    EQUAL(ublk_rs_device_free(device), 0);
+}
+
+/* Whether a call has failed because the kernel is too old, and says so. */
+static int unsupported(int code) {
+    if (code != -EOPNOTSUPP) {
+        if (code != 0) fprintf(stderr, "%s\n", ublk_rs_error_message(error));
+        EQUAL(code, 0);
+        return 0;
+    }
+    EQUAL(ublk_rs_error_kind(error), UBLK_RS_KIND_UNSUPPORTED);
+    CHECK(strlen(ublk_rs_error_message(error)) > 10);
+    puts("unsupported");
+    return 1;
+}
+
+static void resize(void) {
+    ublk_rs_device *device = made("");
+    WORKS(ublk_rs_device_start(device, error));
+    if (!unsupported(ublk_rs_device_resize(device, 2 * SIZE, error))) {
+        EQUAL(ublk_rs_device_size(device), 2 * SIZE);
+        EQUAL(disk_io(ublk_rs_device_path(device), 1, SIZE, 0x21, NULL), 0);
+        EQUAL(memory[SIZE], 0x21);
+        EQUAL(ublk_rs_device_resize(device, 1000, error), -EINVAL);
+    }
+    stopped(device);
+}
+
+static void hand_over(void) {
+    ublk_rs_device *device = made("USER_RECOVERY"), *next = made("USER_RECOVERY");
+    WORKS(ublk_rs_device_start(device, error));
+    uint32_t id = (uint32_t)ublk_rs_device_id(device);
+    EQUAL(disk_io(ublk_rs_device_path(device), 1, 4096, 0x42, NULL), 0);
+    EQUAL(ublk_rs_device_recover(next, id, error), -EBUSY); /* its server lives */
+    if (unsupported(ublk_rs_device_hand_over(device, patience(), error))) {
+        EQUAL(ublk_rs_device_free(next), 0);
+        stopped(device);
+        return;
+    }
+    EQUAL(ublk_rs_device_ending(device), UBLK_RS_ENDING_HANDED_OVER);
+    WORKS(ublk_rs_device_set_number(next, "fingerprint", 1, error));
+    EQUAL(ublk_rs_device_recover(next, id, error), -EINVAL); /* another's */
+    WORKS(ublk_rs_device_set_number(next, "fingerprint", 0x4711, error));
+    WORKS(ublk_rs_device_recover(next, id, error));
+    EQUAL(ublk_rs_device_free(device), 0); /* not its disk any more */
+    EQUAL(ublk_rs_device_id(next), id);
+    unsigned char first = 0;
+    EQUAL(disk_io(ublk_rs_device_path(next), 0, 4096, 0, &first), 0);
+    EQUAL(first, 0x42);
+    stopped(next);
+}
+
+static void killed(void) {
+    int pipe_[2];
+    uint32_t id = 0;
+    CHECK(pipe(pipe_) == 0);
+    pid_t server = fork();
+    CHECK(server >= 0);
+    if (server == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        ublk_rs_device *device = made("USER_RECOVERY");
+        WORKS(ublk_rs_device_start(device, error));
+        id = (uint32_t)ublk_rs_device_id(device);
+        CHECK(write(pipe_[1], &id, sizeof id) == sizeof id);
+        for (;;) pause();
+    }
+    close(pipe_[1]);
+    EQUAL(read(pipe_[0], &id, sizeof id), (long long)sizeof id);
+    close(pipe_[0]);
+    kill(server, SIGKILL);
+    int status = 0;
+    CHECK(waitpid(server, &status, 0) == server);
+    ublk_rs_device *next = made("USER_RECOVERY");
+    WORKS(ublk_rs_device_set_number(next, "start_timeout_ms", 3 * patience(), error));
+    WORKS(ublk_rs_device_recover(next, id, error));
+    memory[8192] = 0x63;
+    unsigned char first = 0;
+    EQUAL(disk_io(ublk_rs_device_path(next), 0, 8192, 0, &first), 0);
+    EQUAL(first, 0x63);
+    stopped(next);
+}
+
+static void quiesce(void) {
+    ublk_rs_device *device = made("USER_RECOVERY"), *next = made("USER_RECOVERY");
+    ublk_rs_control *control = NULL;
+    ublk_rs_device_info info = {.size = sizeof info};
+    WORKS(ublk_rs_device_start(device, error));
+    uint32_t id = (uint32_t)ublk_rs_device_id(device);
+    WORKS(ublk_rs_control_open(&control, error));
+    if (unsupported(ublk_rs_control_quiesce(control, id, patience(), error))) {
+        EQUAL(ublk_rs_device_free(next), 0);
+        stopped(device);
+    } else {
+        WORKS(ublk_rs_device_wait(device, patience(), error));
+        EQUAL(ublk_rs_device_ending(device), UBLK_RS_ENDING_STOPPED_BY_OTHERS);
+        /* The driver says so once it has seen the last of the server. */
+        for (double until = seconds() + 10 * scale(); seconds() < until; nap()) {
+            WORKS(ublk_rs_control_info(control, id, &info, error));
+            if (info.state != UBLK_RS_STATE_LIVE) break;
+        }
+        EQUAL(info.state, UBLK_RS_STATE_QUIESCED);
+        EQUAL(info.fingerprint, 0x4711);
+        EQUAL(ublk_rs_device_free(device), 0);
+        WORKS(ublk_rs_device_recover(next, id, error));
+        stopped(next);
+    }
+    ublk_rs_control_free(control);
+}
+
+static void share(void) {
+    ublk_rs_device *device = made("SHMEM_ZC");
+    uint32_t number = 0;
+    if (unsupported(ublk_rs_device_start(device, error))) {
+        EQUAL(ublk_rs_device_free(device), 0);
+        return;
+    }
+    int file = memfd_create("shared", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    CHECK(file >= 0 && ftruncate(file, 1 << 20) == 0);
+    EQUAL(ublk_rs_device_share(device, file, 0, &number, error), -EINVAL); /* not sealed */
+    CHECK(fcntl(file, F_ADD_SEALS, F_SEAL_SHRINK) == 0);
+    WORKS(ublk_rs_device_share(device, file, 0, &number, error));
+    /* A client that uses the same pages. */
+    unsigned char *pages = mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    CHECK(pages != MAP_FAILED);
+    memset(pages, 0x91, BLOCK);
+    int fd = open(ublk_rs_device_path(device), O_RDWR | O_DIRECT | O_CLOEXEC);
+    CHECK(fd >= 0);
+    EQUAL(pwrite(fd, pages, BLOCK, 4 * BLOCK), BLOCK);
+    EQUAL(memory[4 * BLOCK], 0x91);
+    memset(pages, 0, BLOCK);
+    EQUAL(pread(fd, pages, BLOCK, 4 * BLOCK), BLOCK);
+    EQUAL(pages[BLOCK - 1], 0x91);
+    close(fd);
+    munmap(pages, 1 << 20);
+    WORKS(ublk_rs_device_unshare(device, number, error));
+    EQUAL(ublk_rs_device_unshare(device, number, error), -ENOENT);
+    EQUAL(ublk_rs_device_share(device, 9999, 0, &number, error), -EINVAL);
+    close(file);
+    stopped(device);
+}
+
+/* ---- zones: four of 4 MiB, each with its write pointer ---- */
+
+enum { ZONE = 4 << 20, ZONES = SIZE / ZONE };
+static uint64_t pointers[ZONES];
+static atomic_int actions;
+
+static int zone_report(void *user, uint64_t offset, ublk_rs_zone *zones, uint32_t capacity, uint32_t *count) {
+    (void)user;
+    uint32_t n = 0;
+    for (uint64_t at = offset / ZONE; at < ZONES && n < capacity; at++, n++)
+        zones[n] = (ublk_rs_zone){.start = at * ZONE,
+                                  .length = ZONE,
+                                  .capacity = ZONE,
+                                  .write_pointer = at * ZONE + pointers[at],
+                                  .kind = UBLK_RS_ZONE_SEQUENTIAL,
+                                  .state = pointers[at] ? UBLK_RS_ZONE_IMPLICITLY_OPEN : UBLK_RS_ZONE_EMPTY};
+    *count = n;
+    return 0;
+}
+
+static int zone_write(void *user, const void *data, size_t length, uint64_t offset, uint32_t flags) {
+    if (offset % ZONE != pointers[offset / ZONE]) return -EIO;
+    pointers[offset / ZONE] += length;
+    return do_write(user, data, length, offset, flags);
+}
+
+static int zone_append(void *user, const void *data, size_t length, uint64_t zone, uint32_t flags, uint64_t *offset) {
+    *offset = zone + pointers[zone / ZONE];
+    return zone_write(user, data, length, *offset, flags);
+}
+
+static int zone_action(void *user, uint32_t op, uint64_t zone) {
+    (void)user;
+    actions++;
+    if (op == UBLK_RS_OP_ZONE_RESET) pointers[zone / ZONE] = 0;
+    if (op == UBLK_RS_OP_ZONE_RESET_ALL) memset(pointers, 0, sizeof pointers);
+    return 0;
+}
+
+static void zoned(void) {
+    const ublk_rs_backend backend = {.size = sizeof backend,
+                                     .read = do_read,
+                                     .write = zone_write,
+                                     .report_zones = zone_report,
+                                     .zone_append = zone_append,
+                                     .zone_action = zone_action};
+    ublk_rs_device *device = NULL;
+    unsigned char first = 0;
+    WORKS(ublk_rs_device_new(SIZE, &backend, memory, &device, error));
+    EQUAL(ublk_rs_device_start(device, error), -EINVAL); /* without zone_bytes */
+    WORKS(ublk_rs_device_set(device, "zone_bytes", "4M", error));
+    int code = ublk_rs_device_start(device, error);
+    if (unsupported(code)) {
+        EQUAL(ublk_rs_device_free(device), 0);
+        return;
+    }
+    const char *path = ublk_rs_device_path(device);
+    EQUAL(disk_io(path, 1, ZONE, 0x55, NULL), 0);
+    EQUAL(pointers[1], BLOCK);
+    EQUAL(disk_io(path, 1, ZONE, 0x56, NULL), EIO); /* not at the write pointer */
+    EQUAL(disk_io(path, 0, ZONE, 0, &first), 0);
+    EQUAL(first, 0x55);
+    char command[128];
+    snprintf(command, sizeof command, "blkzone reset -o %d -c 1 %s", ZONE >> 9, path);
+    EQUAL(system(command), 0);
+    EQUAL(pointers[1], 0);
+    CHECK(actions > 0);
+    stopped(device);
+}
+
+static const struct {
+    const char *name;
+    void (*run)(void);
+} CASES[] = {{"resize", resize},   {"hand-over", hand_over}, {"killed", killed},
+             {"quiesce", quiesce}, {"share", share},         {"zoned", zoned}};
+
+int main(int argc, char **argv) {
+    int descriptors = entries("/proc/self/fd", ""), ran = 0;
+    error = ublk_rs_error_new();
+    for (size_t i = 0; i < sizeof CASES / sizeof *CASES; i++) {
+        if (argc == 2 && strcmp(argv[1], "list") == 0) puts(CASES[i].name);
+        if (argc != 2 || strcmp(argv[1], CASES[i].name) != 0) continue;
+        CASES[i].run();
+        nothing_left(descriptors);
+        ran++;
+    }
+    ublk_rs_error_free(error);
+    return argc == 2 && (ran == 1 || strcmp(argv[1], "list") == 0) ? 0 : 2;
+}
