@@ -212,4 +212,5 @@ def main(module: str, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    # By its own name, as the tests know it: `NotRun` is one class.
+    sys.exit(importlib.import_module("ublk_rig.pyguest").main(*sys.argv[1:]))
