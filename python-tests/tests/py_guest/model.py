@@ -105,7 +105,7 @@ class Disk(RuleBasedStateMachine):
                     # The backends zero what is trimmed.
                     self.model[at : at + size] = bytes(size)
 
-    @rule(work=st.lists(st.lists(one, max_size=6), min_size=1, max_size=CLIENTS))
+    @rule(work=st.lists(st.lists(one, min_size=4, max_size=12), min_size=2, max_size=CLIENTS))
     def clients(self, work: list[list[tuple[str, tuple[int, int], int]]]) -> None:
         """Several clients at the same time."""
         for job in [self.pool.submit(self._do, client, todo) for client, todo in enumerate(work)]:
@@ -135,7 +135,7 @@ def _run(make: Callable[[], ublk.Device], examples: int) -> None:
         kind,
         settings=settings(
             max_examples=examples * (40 if FULL else 1),
-            stateful_step_count=8 if not FULL else 30,
+            stateful_step_count=12 if not FULL else 30,
             deadline=None,
             database=None,
             print_blob=True,
