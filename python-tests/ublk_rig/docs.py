@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# What every example may use, as if it stood in one session.
+# For those of one name, on a real processor.
+EXAMPLES_SECS = 20
 OPTIONS = doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL
 
 
@@ -111,11 +112,13 @@ class _Request:
 
         self._came = threading.Event()
         self._request: Any = None
+        # The kernel's own look for partitions comes before, and the start waits for its end.
+        self._armed = False
         outer = self
 
         class Keeper:
             def handle(self, request: Any) -> None:  # noqa: ANN401
-                if request.offset == 8192 and outer._request is None:
+                if request.offset == 8192 and outer._armed and outer._request is None:
                     outer._request = request
                     outer._came.set()
                 else:
@@ -125,6 +128,7 @@ class _Request:
 
     def __enter__(self) -> Any:  # noqa: ANN401
         self.device.start()
+        self._armed = True
         self._client = threading.Thread(target=self._read)
         self._client.start()
         if not self._came.wait(60):
@@ -152,15 +156,20 @@ def run() -> dict[str, int]:
     """Runs the examples of every name; prints those that do not show what happens."""
     import asyncio  # noqa: PLC0415
     import contextlib  # noqa: PLC0415
+    import faulthandler  # noqa: PLC0415
     import os  # noqa: PLC0415
 
     import ublk  # noqa: PLC0415
 
+    limit = EXAMPLES_SECS * float(os.environ.get("UBLK_TIMESCALE", "1"))
     failed: dict[str, int] = {}
     counted: dict[str, int] = {}
     for one in public():
         names = {"ublk": ublk, "asyncio": asyncio, "contextlib": contextlib, "os": os}
         names |= {name: getattr(ublk, name) for name in ublk.__all__ if not name.startswith("_") and name != "list"}
+        print(one.name, file=sys.stderr)
+        # One that hangs shows where.
+        faulthandler.dump_traceback_later(limit, exit=True)
         with contextlib.ExitStack() as stack:
             if "request." in one.text and "def handle" not in one.text:
                 names["request"] = stack.enter_context(_Request())
@@ -169,6 +178,7 @@ def run() -> dict[str, int]:
         counted[one.name] = result.attempted
         if result.failed:
             failed[one.name] = result.failed
+    faulthandler.cancel_dump_traceback_later()
     print(json.dumps({"counted": counted, "failed": failed, "stub": stub_differs()}))
     return failed
 
