@@ -288,15 +288,11 @@ def test_a_real_ctrl_c_at_any_moment() -> None:
     rng = random.Random(int(os.environ.get("UBLK_SEED", "4")))  # noqa: S311
     kinds = ("Ram()", "Ram(), threads=2", "Async()", "ublk.Mem('1MiB')")
     rounds = 60 if FULL else 12
-    with tempfile.TemporaryDirectory() as folder:
-        for kind in kinds:
-            code = PRELUDE + LIFE.format(backend=kind)
-            file = Path(folder) / "life.py"
-            # The loop of lives is forked from one interpreter, so that a round costs no start of one.
-            file.write_text(code)
-            compiled = compile(file.read_text(), str(file), "exec")
-            for _ in range(rounds):
-                _interrupt_one(compiled, rng.uniform(0, 0.15 * SCALE), kind)
+    for kind in kinds:
+        # The loop of lives is forked from one interpreter, so that a round costs no start of one.
+        compiled = compile(PRELUDE + LIFE.format(backend=kind), "life", "exec")
+        for _ in range(rounds):
+            _interrupt_one(compiled, rng.uniform(0, 0.15 * SCALE), kind)
     assert not ublk.list()
 
 
