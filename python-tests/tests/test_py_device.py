@@ -1,7 +1,7 @@
 """The Python package on real kernels: every function of `py_guest`, from the wheel in `.venv`.
 
-Each is a test of its own here. The first one of a module has the guest run all of them that are wanted, because an emulated
-processor takes seconds to start an interpreter; the others find their results.
+Each is a test of its own here. The first one of a module has the guest run all of them that are wanted, because an
+emulated processor takes seconds to start an interpreter; the others find their results.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import numpy as np
+
 import ublk
 from tests.py_guest.disks import (
     BLOCK,

@@ -151,8 +151,17 @@ def test_every_option_refuses_wrong_values() -> None:
             assert len(str(error)) > 10, (options, error)
         else:
             raise AssertionError(options)
-    for options in ({"queues": "2"}, {"depth": 1.5}, {"read_only": "yes"}, {"id": "0"}, {"workers": 3}, {"segments": 4}):
-        raised(TypeError, lambda options=options: ublk.Device(Reads(_nothing), size=MIB, **options), next(iter(options)))
+    for options in (
+        {"queues": "2"},
+        {"depth": 1.5},
+        {"read_only": "yes"},
+        {"id": "0"},
+        {"workers": 3},
+        {"segments": 4},
+    ):
+        raised(
+            TypeError, lambda options=options: ublk.Device(Reads(_nothing), size=MIB, **options), next(iter(options))
+        )
     raised(TypeError, lambda: ublk.Device(Reads(_nothing), size=MIB, quues=2))  # type: ignore[call-arg]
 
 

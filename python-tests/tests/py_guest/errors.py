@@ -125,7 +125,13 @@ def test_an_errno_is_what_the_client_sees() -> None:
                 assert _seen(lambda path=device.path: read(path)) == wants, (type(backend), name)
             backend.error = None
             assert read_error(device.path) is None
-            for error in (OSError(), OSError("words"), OSError(0, "zero"), OSError(-5, "negative"), OSError(1 << 40, "huge")):
+            for error in (
+                OSError(),
+                OSError("words"),
+                OSError(0, "zero"),
+                OSError(-5, "negative"),
+                OSError(1 << 40, "huge"),
+            ):
                 backend.error = error
                 assert read_error(device.path) == "EIO", error
             backend.error = NotImplementedError()
@@ -148,7 +154,12 @@ def test_an_errno_is_what_the_client_sees() -> None:
 def test_a_flush_that_fails_is_never_a_success() -> None:
     for backend in (Raises(), RaisesLater()):
         with ublk.Device(backend) as device, opened(device.path) as fd:
-            for error in (NotImplementedError(), OSError(errno.EOPNOTSUPP, "no"), OSError(errno.ENOSPC, "full"), ValueError()):
+            for error in (
+                NotImplementedError(),
+                OSError(errno.EOPNOTSUPP, "no"),
+                OSError(errno.ENOSPC, "full"),
+                ValueError(),
+            ):
                 backend.error = None
                 write_at(fd, 0, bytes(BLOCK))
                 backend.error = error
@@ -309,7 +320,11 @@ def test_requests_that_nobody_answers() -> None:
         def handle(self, request: ublk.Request) -> None:
             pass
 
-    with ublk.Device(Forgets(), partition_scan=False) if ublk.features() and "NO_AUTO_PART_SCAN" in ublk.features() else ublk.Device(Forgets()) as device:  # type: ignore[operator]
+    with (
+        ublk.Device(Forgets(), partition_scan=False)
+        if ublk.features() and "NO_AUTO_PART_SCAN" in ublk.features()
+        else ublk.Device(Forgets()) as device
+    ):  # type: ignore[operator]
         assert read_error(device.path) == "EIO"
         assert device.stats().total.dropped >= 1
 
@@ -357,7 +372,9 @@ def test_a_request_is_completed_once() -> None:
                     request.complete(wrong)
                 except TypeError as error:
                     said.append(error)
-            request.complete(-errno.ENOSPC if request.op == "read" and request.offset == MIB // 2 else request.length or None)
+            request.complete(
+                -errno.ENOSPC if request.op == "read" and request.offset == MIB // 2 else request.length or None
+            )
             assert request.completed
             try:
                 request.complete()
@@ -384,7 +401,11 @@ def test_what_the_kernel_refuses_is_the_right_oserror() -> None:
         assert (error.errno, error.filename) == (errno.EEXIST, "/dev/ublkc7")
         assert error.__notes__
         raised(ublk.StateError, lambda: ublk.recover(7, Ram()), "USER_RECOVERY")
-    for call in (lambda: ublk.recover(99, Ram()), lambda: ublk.delete(99), lambda: ublk.recover(99, Reads(lambda b, o: None))):
+    for call in (
+        lambda: ublk.recover(99, Ram()),
+        lambda: ublk.delete(99),
+        lambda: ublk.recover(99, Reads(lambda b, o: None)),
+    ):
         error = raised(FileNotFoundError, call)
         assert isinstance(error, FileNotFoundError)
         assert error.filename in {"/dev/ublkc99", "/dev/ublkb99"}, error.filename

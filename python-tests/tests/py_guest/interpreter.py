@@ -27,7 +27,6 @@ from tests.py_guest.disks import (
     SCALE,
     Gate,
     Ram,
-    Reads,
     error_of,
     gone,
     opened,
@@ -190,10 +189,21 @@ def test_a_forked_child_holds_nothing() -> None:
 def _child(way: str, device: ublk.Device) -> None:
     """In the child: the object is there, the device is not."""
     try:
-        for call in (device.stop, device.wait, device.hand_over, lambda: device.resize(MIB), device.stop_force, lambda: device.info):
+        for call in (
+            device.stop,
+            device.wait,
+            device.hand_over,
+            lambda: device.resize(MIB),
+            device.stop_force,
+            lambda: device.info,
+        ):
             raised(ublk.StateError, call)
         assert not threads_of_ours()
-        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+        links = [
+            os.readlink(f"/proc/self/fd/{fd}")
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.lexists(f"/proc/self/fd/{fd}")
+        ]
         assert not [link for link in links if "ublkc" in link or "io_uring" in link], links
         # The disk is one that another process serves.
         assert read(device.path) == b"f" * BLOCK
@@ -287,12 +297,12 @@ except KeyboardInterrupt:
 def test_a_real_ctrl_c_at_any_moment() -> None:
     rng = random.Random(int(os.environ.get("UBLK_SEED", "4")))  # noqa: S311
     kinds = ("Ram()", "Ram(), threads=2", "Async()", "ublk.Mem('1MiB')")
-    rounds = 60 if FULL else 12
+    rounds = 60 if FULL else 4
     for kind in kinds:
         # The loop of lives is forked from one interpreter, so that a round costs no start of one.
         compiled = compile(PRELUDE + LIFE.format(backend=kind), "life", "exec")
         for _ in range(rounds):
-            _interrupt_one(compiled, rng.uniform(0, 0.15 * SCALE), kind)
+            _interrupt_one(compiled, rng.uniform(0, 0.1 * SCALE), kind)
     assert not ublk.list()
 
 
@@ -362,7 +372,10 @@ def test_workers_block_signals_and_run_one_thread_a_queue() -> None:
             names.append(name)
             if name not in {"ublk-log"}:
                 # All but the two that cannot be blocked, and glibc's own two.
-                assert int(fields["SigBlk"], 16) | 0x1_8004_0100 == 0xFFFF_FFFF_FFFF_FFFF | 0x1_8004_0100, (name, fields["SigBlk"])
+                assert int(fields["SigBlk"], 16) | 0x1_8004_0100 == 0xFFFF_FFFF_FFFF_FFFF | 0x1_8004_0100, (
+                    name,
+                    fields["SigBlk"],
+                )
         assert sum(name.startswith(f"ublk{one.id}-q") for name in names) == min(2, os.cpu_count() or 1), names
         assert sum(name.startswith("ublk-py-") for name in names) == 3, names
 

@@ -7,10 +7,11 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar
 
-import ublk
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+import ublk
 from tests.py_guest.disks import BLOCK, FULL, MIB, Ram, opened, read_at, usable_paths, write_at
 from ublk_rig.pyguest import limit
 

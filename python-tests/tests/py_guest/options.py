@@ -112,7 +112,12 @@ def test_what_a_raw_backend_is_told_to_advertise() -> None:
 
 
 def test_data_paths() -> None:
-    granted = {"user-copy": "USER_COPY", "zero-copy": "SUPPORT_ZERO_COPY", "auto-buf-reg": "AUTO_BUF_REG", "need-get-data": "NEED_GET_DATA"}
+    granted = {
+        "user-copy": "USER_COPY",
+        "zero-copy": "SUPPORT_ZERO_COPY",
+        "auto-buf-reg": "AUTO_BUF_REG",
+        "need-get-data": "NEED_GET_DATA",
+    }
     for path in usable_paths():
         with ublk.Device(Ram(), data_path=path) as device:
             assert device.data_path == path
@@ -134,7 +139,11 @@ def test_require_prefer_forbid() -> None:
         assert "URING_CMD_COMP_IN_TASK" in device.features
     with ublk.Device(Ram(), prefer=["USER_RECOVERY"], forbid={"USER_RECOVERY_REISSUE"}) as device:
         assert "USER_RECOVERY" in device.features
-    raised((OSError, ValueError), lambda: ublk.Device(Ram(), recovery="wait", forbid=["USER_RECOVERY"]).start(), "USER_RECOVERY")  # type: ignore[arg-type]
+    raised(
+        (OSError, ValueError),
+        lambda: ublk.Device(Ram(), recovery="wait", forbid=["USER_RECOVERY"]).start(),
+        "USER_RECOVERY",
+    )  # type: ignore[arg-type]
     for batch in (True, False):
         if batch and not has("BATCH_IO"):
             raised(OSError, ublk.Device(Ram(), batch=True).start, "BATCH_IO")

@@ -25,7 +25,9 @@ def test_the_program_of_the_readme_is_a_disk() -> None:
         file.write_text(program)
         mount.mkdir()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        with subprocess.Popen([sys.executable, file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        with subprocess.Popen(
+            [sys.executable, file], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as server:
             assert server.stdout is not None
             assert server.stderr is not None
             try:
@@ -47,7 +49,16 @@ def _use(path: str, mount: Path) -> None:
     subprocess.run(["mount", path, mount], check=True)
     try:
         verify = ("--rw=randwrite", "--verify=crc32c", "--verify_fatal=1", "--ioengine=libaio", "--iodepth=8")
-        fio = ["fio", "--name=verify", f"--directory={mount}", "--direct=1", "--bs=4k", "--size=4m", *verify, "--output-format=terse"]
+        fio = [
+            "fio",
+            "--name=verify",
+            f"--directory={mount}",
+            "--direct=1",
+            "--bs=4k",
+            "--size=4m",
+            *verify,
+            "--output-format=terse",
+        ]
         subprocess.run(fio, check=True, capture_output=True)
     finally:
         subprocess.run(["umount", mount], check=True)

@@ -91,7 +91,16 @@ def test_a_thousand_devices_leave_nothing() -> None:
 class Moody(Ram):
     """Raises one time in fifty, whatever comes to its mind."""
 
-    KINDS = (ValueError, KeyError, NotImplementedError, MemoryError, RecursionError, TimeoutError, OSError, StopIteration)
+    KINDS = (
+        ValueError,
+        KeyError,
+        NotImplementedError,
+        MemoryError,
+        RecursionError,
+        TimeoutError,
+        OSError,
+        StopIteration,
+    )
 
     def __init__(self) -> None:
         super().__init__(16 * MIB)
@@ -131,7 +140,13 @@ def _fio(path: str, seconds: float) -> dict[str, int]:
         out = Path(folder) / "fio.json"
         argv = [
             *("fio", "--name=moods", f"--filename={path}", "--direct=1", "--rw=randrw", "--bs=4k", "--iodepth=16"),
-            *("--ioengine=libaio", "--time_based", f"--runtime={round(seconds)}", "--continue_on_error=all", "--fsync=64"),
+            *(
+                "--ioengine=libaio",
+                "--time_based",
+                f"--runtime={round(seconds)}",
+                "--continue_on_error=all",
+                "--fsync=64",
+            ),
             # They end it otherwise.
             "--ignore_error=5:95:28:61,5:95:28:61",
             *("--error_dump=0", "--output-format=json", f"--output={out}"),

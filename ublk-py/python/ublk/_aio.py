@@ -109,7 +109,7 @@ class Courier:
             request._raised(error)  # noqa: SLF001
         else:
             if not self._raw:
-                request._returned(result)
+                request._returned(result)  # noqa: SLF001
 
     def _call(self, request: Request) -> object:
         if self._raw:
