@@ -1,10 +1,10 @@
 """Tests of the Python package that are plain functions: listed here, run in a guest by the interpreter of `.venv`.
 
-On the host `cases` lists them without importing anything. In the guest `python -m ublk_rig.pyguest MODULE FUNCTION...`
-imports the module once, which is what costs time, and runs each function in a forked process of its own: it can end its
-interpreter, exhaust it or be killed by what it tests. A line of JSON tells how each has ended. A device or a thread that
-is left, and a complaint of the kernel, fail it. A function that the kernel rules out raises `NotRun`; decorators say what
-the host has to know: `soak` (with --full only), `limit(seconds)`.
+On the host `cases` lists them without importing anything. In the guest `python -m ublk_rig.pyguest MODULE
+FUNCTION...` imports the module once, which is what costs time, and runs each function in a forked process of its
+own: it can end its interpreter, exhaust it or be killed by what it tests. A line of JSON tells how each has ended.
+A device or a thread that is left, and a complaint of the kernel, fail it. A function that the kernel rules out
+raises `NotRun`; decorators say what the host has to know: `soak` (with --full only), `limit(seconds)`.
 """
 
 from __future__ import annotations

@@ -198,9 +198,9 @@ def test_leaving_with_takes_the_disk_from_its_users() -> None:
     with open("/dev/null", "rb") as disk:
         try:
             with ublk.Device(Ram(), stop_timeout=0.2) as device:
-                disk = open(device.path, "rb")  # noqa: SIM115, PTH123, PLW2901
+                disk = open(device.path, "rb")  # noqa: SIM115, PLW2901
         except TimeoutError as error:
-            assert str(os.getpid()) in str(error)  # noqa: PT017
+            assert str(os.getpid()) in str(error)
         else:
             raise AssertionError("it says nothing of the users that lost their disk")
         finally:

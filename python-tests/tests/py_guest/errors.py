@@ -434,7 +434,7 @@ def test_a_start_that_takes_too_long() -> None:
         # Its partition scan waits for a read that is not answered.
         device = ublk.Device(gate, start_timeout=0.5).start()
     except TimeoutError as error:
-        assert error.errno == errno.ETIMEDOUT  # noqa: PT017
+        assert error.errno == errno.ETIMEDOUT
     else:
         gate.go.set()
         device.stop()

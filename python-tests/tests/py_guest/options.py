@@ -270,8 +270,8 @@ def test_limits_of_segments_and_alignment() -> None:
         try:
             device = ublk.Device(Ram(), **options).start()  # type: ignore[arg-type]
         except OSError as error:
-            assert "Linux" in str(error) + "".join(getattr(error, "__notes__", []))  # noqa: PT017
-            assert ublk_kernel() < (6, 15), error  # noqa: PT017
+            assert "Linux" in str(error) + "".join(getattr(error, "__notes__", []))
+            assert ublk_kernel() < (6, 15), error
         else:
             assert sysfs(device, name) == value
             device.stop()
