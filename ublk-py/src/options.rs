@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::{PyTraverseError, PyVisit};
 use pyo3::types::PyDict;
+use pyo3::{PyTraverseError, PyVisit};
 use ublk_core::control::{Control, Discard, Features, SegmentLimits, Zoned};
 use ublk_core::{Builder, Capabilities, DataPath};
 
