@@ -22,7 +22,7 @@ VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest -c python-tests/pyproject.toml --rootdir python-tests \
 	--rig=$(RIG) $(if $(KERNELS),--kernels=$(KERNELS))
 
-.PHONY: help setup build install demo lint host-test vm-test test test-full bench kernels clean
+.PHONY: help setup build install demo lint host-test vm-test test test-full soak bench kernels clean
 
 help: ## List what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -59,6 +59,9 @@ test-full: ## Everything, every combination, and the soaks; makes the README's t
 	@$(MAKE) --no-print-directory host-test
 	@$(MAKE) --no-print-directory vm-test PYTEST_ARGS="--full $(PYTEST_ARGS)"
 	@$(VENV_PYTHON) -m ublk_rig.support
+
+soak: setup ## A thousand Python devices, ten minutes of exceptions under fio, long random runs
+	@$(PYTEST) --full $(PYTEST_ARGS) -k "soak:: or model::" python-tests/tests/test_py_device.py
 
 bench: setup ## Speed against the kernel's own ramdisk, loop and null_blk; Python's against nbdkit
 	@$(VENV_PYTHON) -m ublk_rig.bench

@@ -1,7 +1,7 @@
 """The Python package on real kernels: every function of `py_guest`, from the wheel in `.venv`.
 
-Each is a test of its own here. The first one of a module has the guest run all of them that are wanted, because an emulated
-processor takes seconds to start an interpreter; the others find their results.
+Each is a test of its own here. The first one of a module has the guest run all of them that are wanted, because an
+emulated processor takes seconds to start an interpreter; the others find their results.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ if TYPE_CHECKING:
 
 TESTS = layout.TREE / "python-tests"
 CASES = pyguest.cases(TESTS / "tests/py_guest")
-# Of all its tests: each has a bound of its own in the guest.
-MODULE_SECS = 600
+
+
+def seconds_of(module: str) -> float:
+    """What all its tests may take; each has a bound of its own in the guest."""
+    return 60 + sum(case.seconds for case in CASES if case.module == module)
 
 
 class Results:
@@ -41,7 +44,7 @@ class Results:
         names = [n for n in names if (guest.kernel, module, n) not in self._told]
         guest.run("modprobe ublk_drv")
         env = {"PYTHONPATH": str(TESTS), "UBLK_FULL": "1" if self._full else "", "PYTHONDONTWRITEBYTECODE": "1"}
-        done = guest.run(pyguest.command(module, names), timeout=MODULE_SECS, env=env, check=False)
+        done = guest.run(pyguest.command(module, names), timeout=seconds_of(module), env=env, check=False)
         for line in done.out.splitlines():
             told = json.loads(line)
             self._told[guest.kernel, module, told["name"]] = told
@@ -55,8 +58,11 @@ def results(pytestconfig: pytest.Config) -> Results:
     return Results(full=bool(pytestconfig.getoption("--full")))
 
 
-@pytest.mark.time_limit(MODULE_SECS + 60)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def _parameter(case: pyguest.Case) -> object:
+    return pytest.param(case, id=str(case), marks=pytest.mark.time_limit(seconds_of(case.module) + 60))
+
+
+@pytest.mark.parametrize("case", [_parameter(case) for case in CASES])
 @pytest.mark.usefixtures("package")
 def test_py(guest: Guest, case: pyguest.Case, results: Results, request: pytest.FixtureRequest) -> None:
     full = bool(request.config.getoption("--full"))

@@ -1,10 +1,10 @@
 """Tests of the Python package that are plain functions: listed here, run in a guest by the interpreter of `.venv`.
 
-On the host `cases` lists them without importing anything. In the guest `python -m ublk_rig.pyguest MODULE FUNCTION...` imports the
-module once, which is what costs time, and runs each function in a forked process of its own: it can end its interpreter, exhaust
-it or be killed by what it tests. A line of JSON tells how each has ended. A device or a thread that is left, and a complaint of the
-kernel, fail it. A function that the kernel rules out raises `NotRun`; decorators say what the host has to know: `soak` (with
---full only), `limit(seconds)`.
+On the host `cases` lists them without importing anything. In the guest `python -m ublk_rig.pyguest MODULE
+FUNCTION...` imports the module once, which is what costs time, and runs each function in a forked process of its
+own: it can end its interpreter, exhaust it or be killed by what it tests. A line of JSON tells how each has ended.
+A device or a thread that is left, and a complaint of the kernel, fail it. A function that the kernel rules out
+raises `NotRun`; decorators say what the host has to know: `soak` (with --full only), `limit(seconds)`.
 """
 
 from __future__ import annotations
@@ -180,14 +180,14 @@ def _run(test: Callable[[], None], seconds: float, log: _KernelLog) -> tuple[str
             sys.stdout.flush()
             # As a program ends: what is registered for that runs, and what it leaves is found.
             sys.exit(status)
-        status = _wait(pid, seconds + 30)
+        ended = _wait(pid, seconds + 30)
         said.seek(0)
         text = said.read().decode(errors="replace")
-    outcome = "passed" if status == 0 else "failed"
-    if status == 0 and NOT_RUN in text:
+    outcome = "passed" if ended == 0 else "failed"
+    if ended == 0 and NOT_RUN in text:
         return "skipped", text.partition(NOT_RUN)[2].strip()
-    if status != 0:
-        text += f"\nthe test's process ended with {status}"
+    if ended != 0:
+        text += f"\nthe test's process ended with {ended}"
     for info in ublk.list():
         outcome, text = "failed", f"{text}\nleft behind: {info}"
         with contextlib.suppress(OSError):
@@ -200,7 +200,9 @@ def _run(test: Callable[[], None], seconds: float, log: _KernelLog) -> tuple[str
 def main(module: str, *names: str) -> int:
     """Runs tests, one after another."""
     scale = float(os.environ.get("UBLK_TIMESCALE", "1"))
-    known = {case.name: case for case in cases(Path(__file__).parent.parent / "tests/py_guest") if case.module == module}
+    known = {
+        case.name: case for case in cases(Path(__file__).parent.parent / "tests/py_guest") if case.module == module
+    }
     tests = importlib.import_module(f"tests.py_guest.{module}")
     log = _KernelLog()
     for name in names:
@@ -212,4 +214,5 @@ def main(module: str, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    # By its own name, as the tests know it: `NotRun` is one class.
+    sys.exit(importlib.import_module("ublk_rig.pyguest").main(*sys.argv[1:]))

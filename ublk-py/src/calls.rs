@@ -7,6 +7,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyBaseException, PyException, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
+use pyo3::{PyTraverseError, PyVisit};
 use pyo3::{import_exception, intern};
 use ublk_core::{
     Capabilities, Errno, Gone, KeptBuffer, Op, Request, RequestFlags, Zone, ZoneAction, ZoneKind,
@@ -69,6 +70,22 @@ impl Calls {
             handle: method("handle")?,
             flags,
         })
+    }
+
+    /// A backend may know its device.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        let methods = [
+            &self.pread,
+            &self.pwrite,
+            &self.flush,
+            &self.trim,
+            &self.zero,
+            &self.report_zones,
+            &self.append,
+            &self.zone,
+            &self.handle,
+        ];
+        methods.into_iter().flatten().try_for_each(|method| visit.call(&method.function))
     }
 }
 

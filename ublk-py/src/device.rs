@@ -3,6 +3,7 @@
 use std::io::{PipeReader, Write, pipe};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use pyo3::exceptions::{PyBaseException, PyValueError};
@@ -82,6 +83,27 @@ impl Device {
             None => 0,
         }
     }
+}
+
+/// Threads that stop devices whose handles are gone. Locked by threads only that are attached to the interpreter, as the
+/// one is that forks: so a child never finds it locked.
+static ENDING: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+
+fn ending() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
+    ENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Before the program ends: a device that is being stopped would stay behind, dead.
+#[pyfunction]
+pub(crate) fn finish_endings(py: Python<'_>) {
+    let threads = std::mem::take(&mut *ending());
+    // Each of them ends within seconds, as stops by force do.
+    py.detach(|| threads.into_iter().for_each(|thread| drop(thread.join())));
+}
+
+/// In a forked child, which has none of these threads.
+pub(crate) fn forget_endings() {
+    std::mem::forget(std::mem::take(&mut *ending()));
 }
 
 fn seconds(name: &str, value: f64) -> PyResult<Duration> {
@@ -254,9 +276,13 @@ impl Device {
             });
         };
         // Without a thread for it, here; it takes seconds at the most.
-        let spawned = std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end);
-        if let Err(error) = spawned {
-            crate::log::complaint(format!("no thread to stop a device: {error}"));
+        match std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end) {
+            Ok(thread) => {
+                let mut ending = ending();
+                ending.retain(|thread| !thread.is_finished());
+                ending.push(thread);
+            }
+            Err(error) => crate::log::complaint(format!("no thread to stop a device: {error}")),
         }
     }
 }

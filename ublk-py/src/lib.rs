@@ -36,7 +36,7 @@ mod _native {
     #[pymodule_export]
     use super::calls::Calls;
     #[pymodule_export]
-    use super::device::{Device, Workers};
+    use super::device::{Device, Workers, finish_endings};
     #[pymodule_export]
     use super::faults::{Fault, WriteCache};
     #[pymodule_export]

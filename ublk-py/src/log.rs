@@ -132,6 +132,7 @@ pub(crate) fn close_log() {
 /// In a forked child.
 #[pyfunction]
 pub(crate) fn forked() {
+    crate::device::forget_endings();
     QUEUE.store(Box::into_raw(Box::default()), Ordering::Release);
 }
 

@@ -6,6 +6,7 @@ use std::time::Duration;
 use pyo3::exceptions::{PyOverflowError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use pyo3::{PyTraverseError, PyVisit};
 use ublk_core::control::{Control, Discard, Features, SegmentLimits, Zoned};
 use ublk_core::{Builder, Capabilities, DataPath};
 
@@ -20,8 +21,7 @@ use crate::targets::ready_made;
 /// A device's description; `start` or `recover` uses it up.
 #[pyclass(frozen, module = "ublk._native")]
 pub(crate) struct Spec {
-    builder: Mutex<Option<Builder>>,
-    server: Option<Server>,
+    described: Mutex<Option<(Builder, Option<Server>)>>,
     threads: usize,
 }
 
@@ -168,7 +168,15 @@ impl Spec {
             .prefer(options.features("prefer")?)
             .forbid(options.features("forbid")?);
         builder.check().or_raise(py)?;
-        Ok(Spec { builder: Mutex::new(Some(builder)), server, threads })
+        Ok(Spec { described: Mutex::new(Some((builder, server))), threads })
+    }
+
+    /// The backend, until it goes to the device: its methods' references are the builder's alone.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match self.described.try_lock().as_deref() {
+            Ok(Some((_, Some(server)))) => visit.call(&*server.calls),
+            _ => Ok(()),
+        }
     }
 
     /// Adds and starts the device; returns when its disk can be used.
@@ -188,10 +196,10 @@ impl Spec {
         py: Python<'_>,
         up: impl FnOnce(Builder) -> ublk_core::Result<ublk_core::Running> + Send,
     ) -> PyResult<Device> {
-        let builder = self.builder.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let builder =
-            builder.ok_or_else(|| StateError::new_err("the device was started before"))?;
-        let pool = match &self.server {
+        let described = self.described.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (builder, server) =
+            described.ok_or_else(|| StateError::new_err("the device was started before"))?;
+        let pool = match &server {
             Some(Server { way: Way::Threads(pool), calls, sink }) => {
                 pool.launch(self.threads, calls, sink)?;
                 Some(Arc::clone(pool))
@@ -205,7 +213,7 @@ impl Spec {
             pool.close();
         }
         let running = running.or_raise(py)?;
-        let sink = self.server.as_ref().map(|server| Arc::clone(&server.sink));
+        let sink = server.as_ref().map(|server| Arc::clone(&server.sink));
         Device::new(py, running, sink, pool)
     }
 }

@@ -1,7 +1,7 @@
 //! The ways from a worker to a Python backend.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -9,6 +9,7 @@ use ublk_core::{QueueContext, QueueHandler, Request as Inner};
 
 use crate::buffer::Spares;
 use crate::calls::{Calls, Sink, answer};
+use crate::errors::StateError;
 use crate::log;
 use crate::pace::Pace;
 use crate::pool::Pool;
@@ -98,9 +99,18 @@ pub(crate) struct Line {
     waiting: Mutex<Vec<Inner>>,
     /// The loop was told, and has not come yet.
     told: AtomicBool,
-    /// `loop.call_soon_threadsafe` and what it is to call.
-    tell: OnceLock<(Py<PyAny>, Py<PyAny>)>,
+    tell: Mutex<Tell>,
     complained: AtomicBool,
+}
+
+/// Who is to be told. Locked by threads only that are attached to the interpreter.
+enum Tell {
+    /// Nobody yet: requests wait.
+    Later,
+    /// `loop.call_soon_threadsafe`, and what it is to call.
+    By(Py<PyAny>, Py<PyAny>),
+    /// Nobody any more.
+    Over,
 }
 
 impl Line {
@@ -113,9 +123,14 @@ impl Line {
             return;
         }
         Python::attach(|py| {
-            let told = match self.tell.get() {
+            let tell = match &*self.tell.lock().unwrap_or_else(PoisonError::into_inner) {
+                Tell::Later => return,
+                Tell::By(tell, what) => Some((tell.clone_ref(py), what.clone_ref(py))),
+                Tell::Over => None,
+            };
+            let told = match tell {
                 Some((tell, what)) => tell.bind(py).call1((what,)).map(drop),
-                None => Ok(()),
+                None => Err(StateError::new_err("the device has ended")),
             };
             if let Err(error) = told {
                 // The loop is closed: nobody will ever come.
@@ -146,6 +161,12 @@ pub(crate) struct Inbox {
     pub(crate) sink: Arc<Sink>,
 }
 
+impl Inbox {
+    fn tell(&self) -> MutexGuard<'_, Tell> {
+        self.line.tell.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 #[pymethods]
 impl Inbox {
     /// Until [`connect`](Self::connect) requests wait.
@@ -154,7 +175,7 @@ impl Inbox {
         let line = Line {
             waiting: Mutex::default(),
             told: AtomicBool::new(false),
-            tell: OnceLock::new(),
+            tell: Mutex::new(Tell::Later),
             complained: AtomicBool::new(false),
         };
         Inbox { line: Arc::new(line), sink: Arc::default() }
@@ -168,10 +189,16 @@ impl Inbox {
         callback: Py<PyAny>,
     ) -> PyResult<()> {
         let tell = event_loop.getattr(intern!(py, "call_soon_threadsafe"))?.unbind();
-        let _ = self.line.tell.set((tell, callback));
+        *self.tell() = Tell::By(tell, callback);
         self.line.told.store(false, Ordering::SeqCst);
         self.line.wake();
         Ok(())
+    }
+
+    /// From now on nobody is called: the loop, and what serves there, are not kept any longer.
+    fn disconnect(&self) {
+        let before = std::mem::replace(&mut *self.tell(), Tell::Over);
+        drop(before);
     }
 
     /// The requests that have come.

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import numpy as np
+
 import ublk
 from tests.py_guest.disks import (
     BLOCK,
@@ -294,7 +295,7 @@ def test_numpy_as_storage() -> None:
 
 def test_memory_of_kept_views_is_given_back() -> None:
     def resident() -> int:
-        with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123
+        with open("/proc/self/statm", encoding="ascii") as file:
             return int(file.read().split()[1]) * 4096
 
     views: list[memoryview] = []

@@ -151,8 +151,17 @@ def test_every_option_refuses_wrong_values() -> None:
             assert len(str(error)) > 10, (options, error)
         else:
             raise AssertionError(options)
-    for options in ({"queues": "2"}, {"depth": 1.5}, {"read_only": "yes"}, {"id": "0"}, {"workers": 3}, {"segments": 4}):
-        raised(TypeError, lambda options=options: ublk.Device(Reads(_nothing), size=MIB, **options), next(iter(options)))
+    for options in (
+        {"queues": "2"},
+        {"depth": 1.5},
+        {"read_only": "yes"},
+        {"id": "0"},
+        {"workers": 3},
+        {"segments": 4},
+    ):
+        raised(
+            TypeError, lambda options=options: ublk.Device(Reads(_nothing), size=MIB, **options), next(iter(options))
+        )
     raised(TypeError, lambda: ublk.Device(Reads(_nothing), size=MIB, quues=2))  # type: ignore[call-arg]
 
 
@@ -189,9 +198,9 @@ def test_leaving_with_takes_the_disk_from_its_users() -> None:
     with open("/dev/null", "rb") as disk:
         try:
             with ublk.Device(Ram(), stop_timeout=0.2) as device:
-                disk = open(device.path, "rb")  # noqa: SIM115, PTH123, PLW2901
+                disk = open(device.path, "rb")  # noqa: SIM115, PLW2901
         except TimeoutError as error:
-            assert str(os.getpid()) in str(error)  # noqa: PT017
+            assert str(os.getpid()) in str(error)
         else:
             raise AssertionError("it says nothing of the users that lost their disk")
         finally:

@@ -165,6 +165,12 @@ def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
         time.sleep(0.002)
 
 
+def gone(device: ublk.Device) -> None:
+    """Its nodes are: a promise for the moment at which a stop returns. The driver frees its number when it likes."""
+    assert not os.path.exists(device.path)
+    assert not os.path.exists(f"/dev/ublkc{device.id}")
+
+
 class Gate:
     """A backend whose reads wait until they may go on."""
 
@@ -174,7 +180,7 @@ class Gate:
         self.go = threading.Event()
         self.closed = False
 
-    def pread(self, buf: memoryview, offset: int) -> None:  # noqa: ARG002
+    def pread(self, buf: memoryview, offset: int) -> None:
         """Waits, if it was told to."""
         if self.closed:
             self.arrived.set()

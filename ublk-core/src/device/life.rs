@@ -98,6 +98,8 @@ pub(crate) struct Life {
     pub(super) generation: u32,
     pub(super) state: Mutex<State>,
     pub(super) changed: Condvar,
+    /// Held by who deletes the device.
+    pub(super) deletion: Mutex<()>,
     /// Set once, when the workers are there.
     pub(super) queues: std::sync::OnceLock<Vec<Queue>>,
     pub(super) pool: Option<Arc<Pool>>,
@@ -151,6 +153,7 @@ impl Life {
             pool,
             shared_workers,
             shared: Arc::default(),
+            deletion: Mutex::default(),
             char_device: Mutex::new(Some(Arc::new(char_device))),
             warnings: Mutex::new(Vec::new()),
             seat: Mutex::new(None),

@@ -254,6 +254,8 @@ impl Life {
     /// Deletes the device, once: the number may be somebody else's afterwards.
     pub(super) fn delete(&self, manner: Manner, leftovers: &mut Leftovers) {
         let id = self.info.id;
+        // Whoever comes second returns when it is done, as the first one does: the nodes are gone then.
+        let _one_at_a_time = self.deletion.lock().unwrap_or_else(PoisonError::into_inner);
         if std::mem::replace(&mut self.lock().deleted, true) {
             return;
         }

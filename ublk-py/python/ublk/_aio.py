@@ -73,7 +73,8 @@ class Courier:
         return not self._thread.is_alive()
 
     def dismiss(self) -> None:
-        """Has a loop of its own end, and does not wait for that."""
+        """Has a loop of its own end, and does not wait for that. There are no more requests."""
+        self.inbox.disconnect()
         if self._thread is not None and self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended already
                 self._loop.call_soon_threadsafe(self._stop.set)
@@ -108,7 +109,7 @@ class Courier:
             request._raised(error)  # noqa: SLF001
         else:
             if not self._raw:
-                request._returned(result)
+                request._returned(result)  # noqa: SLF001
 
     def _call(self, request: Request) -> object:
         if self._raw:

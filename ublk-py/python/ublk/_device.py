@@ -827,6 +827,7 @@ def _stop_all() -> None:
         # Nothing that one of them raises, not even a handler's KeyboardInterrupt, keeps the others from their end.
         with contextlib.suppress(BaseException):
             device._stop(_FORCE_WITHIN, force=True)  # noqa: SLF001
+    _native.finish_endings()
 
 
 def _forked() -> None:

@@ -21,7 +21,7 @@ def _run() -> None:
         level, name, text, exception = record
         try:
             logging.getLogger(name).log(level, "%s", text, exc_info=exception)
-        except Exception:
+        except Exception:  # noqa: BLE001
             # A logging handler of the program's: the next message may fare better.
             traceback.print_exc()
         # Its traceback has the backend's frames, and they the request's memory: not until the next message comes.
