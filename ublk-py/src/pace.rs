@@ -3,7 +3,8 @@
 //! One system call for all answers of a turn is what makes small requests cheap, and what makes a client wait for
 //! another's handler. An answer must not wait for more than 200 µs, whatever the handlers after it do. Since nothing
 //! tells what they will do, each answer is committed at once until some hundred calls were quick; then, and for as long
-//! as they are, answers are committed together.
+//! as they are, answers are committed together. What is left: the first slow call after those keeps the answers before it,
+//! seven at the most, until it returns. Only its own worker can commit them, and that is in the call.
 
 use std::time::{Duration, Instant};
 

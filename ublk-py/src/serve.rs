@@ -53,16 +53,14 @@ pub(crate) struct Handler {
 impl QueueHandler for Handler {
     fn handle(&mut self, request: Inner, context: &mut QueueContext<'_>) {
         let Server { calls, sink, way } = &self.server;
+        let calling = matches!(way, Way::Inline | Way::Raw);
+        if calling {
+            self.pace.begin(context.remaining());
+        }
         match way {
-            Way::Inline => {
-                self.pace.begin(context.remaining());
-                Python::attach(|py| {
-                    sink.serving(|| answer(py, calls.get(), sink, &mut self.spares, request));
-                });
-                if self.pace.must_commit(context.remaining()) {
-                    context.commit();
-                }
-            }
+            Way::Inline => Python::attach(|py| {
+                sink.serving(|| answer(py, calls.get(), sink, &mut self.spares, request));
+            }),
             Way::Threads(pool) => pool.push(request),
             Way::Loop(line) => line.push(request),
             Way::Raw => Python::attach(|py| {
@@ -82,14 +80,16 @@ impl QueueHandler for Handler {
                 }
             }),
         }
+        if calling && self.pace.must_commit(context.remaining()) {
+            context.commit();
+        }
     }
 
     fn turn_ended(&mut self, _context: &mut QueueContext<'_>) {
         match &self.server.way {
             Way::Threads(pool) => pool.wake(),
             Way::Loop(line) => line.wake(),
-            Way::Inline => self.pace.end(),
-            Way::Raw => {}
+            Way::Inline | Way::Raw => self.pace.end(),
         }
     }
 }

@@ -67,7 +67,7 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
         store.write_bytes(bytes(MIB))
         pid = os.fork()
         if pid == 0:
-            ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1).start()
+            _device = ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1).start()
             signal.pause()
         until(lambda: [i for i in ublk.list() if i.id == 3 and i.state == "live"])
         write("/dev/ublkb3", BLOCK, b"1" * BLOCK)

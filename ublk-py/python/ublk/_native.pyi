@@ -31,6 +31,7 @@ __all__ = [
     "delete",
     "feature_names",
     "features",
+    "finish_endings",
     "forked",
     "list_devices",
     "next_record",
