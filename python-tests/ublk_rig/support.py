@@ -68,7 +68,7 @@ CAPABILITIES = (
     Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned"),
     Capability("Integrity metadata, made and verified by the kernel", r"integrity::"),
     Capability("Forked children hold nothing", r"fork::"),
-    Capability("Requests: completed anywhere, exactly once", r"requests::"),
+    Capability("Requests: completed anywhere, exactly once", r"requests::|attendant::"),
     Capability("Async backends on the worker's ring", r"async_ring::"),
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
