@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use disk::{Client, Held, Ram, SOON, anonymous_bytes, bounded, devices, eventually, no_devices};
+use disk::cycle::{nothing_is_left_by, ram, write_and_read};
+use disk::{Client, Ram, SOON, anonymous_bytes, bounded, devices, eventually, no_devices};
 use ublk_core::control::{Control, Features, Holder, Wait};
 use ublk_core::targets::Null;
 use ublk_core::{
@@ -17,27 +18,6 @@ use ublk_core::{
 };
 
 const MIB: u64 = 1 << 20;
-
-fn ram() -> Builder {
-    Builder::new(MIB, Ram::new(1 << 20)).queue_depth(8)
-}
-
-/// After a warm-up, so that what the first device of a process makes for good does not count.
-fn nothing_is_left_by(run: impl FnOnce()) {
-    ram().start().unwrap().stop(SOON).unwrap();
-    no_devices();
-    let before = Held::now();
-    run();
-    before.is_again();
-    no_devices();
-}
-
-fn write_and_read(disk: &Device) {
-    let client = Client::open(disk.path());
-    let data: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
-    assert_eq!(client.write(4096, &data).unwrap(), data.len());
-    assert_eq!(client.read(4096, data.len()).unwrap(), data);
-}
 
 #[test]
 fn a_disk_is_built_started_used_and_stopped_and_nothing_is_left() {

@@ -5,33 +5,13 @@ mod disk;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use disk::cycle::{nothing_is_left_by, ram, write_and_read};
 use disk::{Client, Held, Ram, SOON, devices, eventually, no_devices};
 use ublk_core::control::Control;
 use ublk_core::targets::Null;
-use ublk_core::{Builder, Device, Error, ErrorKind, Running, Workers};
+use ublk_core::{Builder, Error, ErrorKind, Running, Workers};
 
 const MIB: u64 = 1 << 20;
-
-fn ram() -> Builder {
-    Builder::new(MIB, Ram::new(1 << 20)).queue_depth(8)
-}
-
-/// After a warm-up, so that what the first device of a process makes for good does not count.
-fn nothing_is_left_by(run: impl FnOnce()) {
-    ram().start().unwrap().stop(SOON).unwrap();
-    no_devices();
-    let before = Held::now();
-    run();
-    before.is_again();
-    no_devices();
-}
-
-fn write_and_read(disk: &Device) {
-    let client = Client::open(disk.path());
-    let data: Vec<u8> = (0..8192u32).map(|i| (i % 251) as u8).collect();
-    assert_eq!(client.write(4096, &data).unwrap(), data.len());
-    assert_eq!(client.read(4096, data.len()).unwrap(), data);
-}
 
 #[test]
 fn a_pool_of_two_workers_serves_eight_devices_while_some_come_and_go() {

@@ -2,6 +2,8 @@
 //! holds, children of this very binary, and waiting with a bound.
 #![allow(dead_code, reason = "no suite uses all of it")]
 
+pub(crate) mod cycle;
+
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read};

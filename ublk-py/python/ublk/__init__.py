@@ -21,7 +21,7 @@ b'xxx'
 from __future__ import annotations
 
 from ublk._backend import AnyBackend, AsyncBackend, Backend, RawBackend
-from ublk._device import Device, recover
+from ublk._device import Device
 from ublk._machine import delete, features, list  # noqa: A004
 from ublk._native import (
     Fault,
@@ -37,6 +37,7 @@ from ublk._native import (
     ZonedMem,
     __version__,
 )
+from ublk._recover import recover
 from ublk._size import parse_size
 from ublk._types import DataPath, DeviceInfo, Flags, OpStats, QueueStats, Recovery, Stats, Zone, Zoned
 

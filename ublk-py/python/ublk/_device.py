@@ -12,22 +12,23 @@ import threading
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex
 
 from ublk import _log, _native
 from ublk._aio import Courier
 from ublk._backend import READY_MADE, AnyBackend, inspect_backend
+from ublk._blocking import in_thread, settle
 from ublk._native import StateError
 from ublk._size import parse_size
 from ublk._types import DataPath, DeviceInfo, Flags, Recovery, Stats, Zoned, info_of, stats_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from types import TracebackType
 
     from ublk._native import Workers
 
-__all__ = ["Device", "recover"]
+__all__ = ["Device"]
 
 _logger = logging.getLogger("ublk")
 _FLAGS: list[Any] = [Flags(bits) for bits in range(32)]
@@ -37,7 +38,6 @@ _RECOVERY = {
     "fail": ("USER_RECOVERY", "USER_RECOVERY_FAIL_IO"),
 }
 _FORCE_WITHIN = 5.0
-_T = TypeVar("_T")
 
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
 
@@ -295,10 +295,10 @@ class Device:
         try:
             if self._courier is not None:
                 self._courier.attach(asyncio.get_running_loop())
-            return await _in_thread(self._bring_up)
+            return await in_thread(self._bring_up)
         except BaseException:
             # Cancelled, for instance: the device came up all the same.
-            await _in_thread(self._give_up)
+            await in_thread(self._give_up)
             raise
 
     def _begin(self) -> None:
@@ -373,7 +373,7 @@ class Device:
         ...         await dev.stop_async()
         >>> asyncio.run(main())
         """
-        await _in_thread(lambda: self._stop(timeout, force=False))
+        await in_thread(lambda: self._stop(timeout, force=False))
 
     async def stop_force_async(self, timeout: float = 30.0) -> None:
         """As `stop_force`, without blocking the running loop.
@@ -384,7 +384,7 @@ class Device:
         ...         await dev.stop_force_async()
         >>> asyncio.run(main())
         """
-        await _in_thread(lambda: self._stop(timeout, force=True))
+        await in_thread(lambda: self._stop(timeout, force=True))
 
     def _stop(self, timeout: float, *, force: bool) -> None:
         self._check_process()
@@ -467,7 +467,7 @@ class Device:
         # Another descriptor of it: two waits of one loop must not take each other's.
         fd = os.dup(native.ended_fd())
         try:
-            loop.add_reader(fd, _set, ended)
+            loop.add_reader(fd, settle, ended)
             await ended
         finally:
             loop.remove_reader(fd)
@@ -672,7 +672,7 @@ class Device:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await _in_thread(lambda: self._leave(error))
+        await in_thread(lambda: self._leave(error))
 
     def _leave(self, error: BaseException | None) -> None:
         """Politely first, then by force: nothing is left behind."""
@@ -727,98 +727,6 @@ class Device:
     def _check_loop(self, what: str) -> None:
         if self._courier is not None and self._courier.is_serving_thread():
             raise StateError(f"{what} would block the event loop that serves the device: use the async form of it")
-
-
-class _Recovered(Device):
-    """A device that another server had before."""
-
-    def __init__(self, backend: AnyBackend, number: int, *, force: bool, **options: Any) -> None:  # noqa: ANN401
-        self._number = number
-        self._force = force
-        super().__init__(backend, **options)
-
-    def _launch(self) -> _native.Device:
-        return self._spec.recover(self._number)
-
-
-def recover(
-    id: int,  # noqa: A002  # the field's own name
-    backend: AnyBackend,
-    *,
-    force: bool = False,
-    **options: Any,  # noqa: ANN401  # as of Device
-) -> Device:
-    """Takes over device ``id``, whose server is gone: one that was made with ``recovery``.
-
-    The disk stays as it is: queues, depth and block sizes are the kernel's. The size, if it is given, and the
-    ``fingerprint`` have to be the same, and the backend has to be able to do what the disk advertises.
-
-    Args:
-        id: The device's number.
-        backend: As of `Device`.
-        force: Take it over also if its fingerprint is another.
-        options: As of `Device`: ``threads``, ``fingerprint``, ``start_timeout``, …
-
-    Returns:
-        The device, live.
-
-    Raises:
-        FileNotFoundError: There is no such device.
-        OSError: Its server lives (EBUSY).
-        StateError: It was made without ``recovery``.
-        ValueError: It is not the device that is described here.
-
-    >>> import ublk
-    >>> try:
-    ...     ublk.recover(99, ublk.Mem("1MiB"))
-    ... except FileNotFoundError as error:
-    ...     error.filename
-    '/dev/ublkc99'
-    """
-    if "size" not in options and getattr(backend, "size", None) is None:
-        options["size"] = _size_of(id)
-    return _Recovered(backend, id, force=force, **options).start()
-
-
-def _size_of(number: int) -> int:
-    for raw in _native.list_devices():
-        if raw["id"] == number and raw["size"]:
-            return int(raw["size"])
-    raise FileNotFoundError(2, f"cannot recover the device (device {number}): it has no disk", f"/dev/ublkb{number}")
-
-
-def _set(future: asyncio.Future[None]) -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-async def _in_thread(call: Callable[[], _T]) -> _T:
-    """Runs a call that blocks on a thread of its own; a cancellation waits for it, as nothing takes it back."""
-    loop = asyncio.get_running_loop()
-    done = loop.create_future()
-    returned: list[_T] = []
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            returned.append(call())
-        except BaseException as error:  # noqa: BLE001  # it is raised where the call was made
-            raised.append(error)
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(_set, done)
-
-    threading.Thread(target=run, name="ublk-call", daemon=True).start()
-    cancelled: asyncio.CancelledError | None = None
-    while not done.done():
-        try:
-            await asyncio.shield(done)
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if raised:
-        raise raised.pop()
-    if cancelled is not None:
-        raise cancelled
-    return returned.pop()
 
 
 def _stop_all() -> None:

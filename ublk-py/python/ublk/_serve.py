@@ -13,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ublk._device import Device, recover
+from ublk._device import Device
+from ublk._recover import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence

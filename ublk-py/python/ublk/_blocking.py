@@ -1,0 +1,50 @@
+"""Calls that block, for those who may not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["in_thread", "settle"]
+
+_T = TypeVar("_T")
+
+
+def settle(future: asyncio.Future[None]) -> None:
+    """Ends a wait, unless somebody was faster."""
+    if not future.done():
+        future.set_result(None)
+
+
+async def in_thread(call: Callable[[], _T]) -> _T:
+    """Runs a call that blocks on a thread of its own; a cancellation waits for it, as nothing takes it back."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    returned: list[_T] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            returned.append(call())
+        except BaseException as error:  # noqa: BLE001  # it is raised where the call was made
+            raised.append(error)
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(settle, done)
+
+    threading.Thread(target=run, name="ublk-call", daemon=True).start()
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.shield(done)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if raised:
+        raise raised.pop()
+    if cancelled is not None:
+        raise cancelled
+    return returned.pop()
