@@ -57,7 +57,7 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::NoSuchDevice`]; [`ErrorKind::TimedOut`] if the stop waits for a server that
+    /// [`ErrorKind::NoSuchDevice`] if there is none to begin with; [`ErrorKind::TimedOut`] if the stop waits for a server that
     /// does not answer, or the deletion for processes that have the device open, which the error
     /// names as far as they are visible.
     pub fn delete(&self, id: u32, wait: &Wait) -> Result<()> {
@@ -76,6 +76,11 @@ impl Control {
             _ => control.stop_dev(id, wait),
         }
         .and_then(|()| control.del_dev(id, wait));
+        // It was there a moment ago: its own server, which the stop has ended, was faster.
+        let deleted = deleted.or_else(|e| match e.kind() {
+            ErrorKind::NoSuchDevice => Ok(()),
+            _ => Err(e),
+        });
         deleted.map_err(|e| {
             if e.kind() != ErrorKind::TimedOut {
                 return e;
