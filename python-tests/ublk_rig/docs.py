@@ -112,8 +112,9 @@ class _Request:
 
         self._came = threading.Event()
         self._request: Any = None
-        # The kernel's own look for partitions comes before, and the start waits for its end.
+        # The kernel's own look for partitions comes before the start's end, or not at all.
         self._armed = False
+        scanless = "NO_AUTO_PART_SCAN" in (ublk.features() or ())
         outer = self
 
         class Keeper:
@@ -124,7 +125,7 @@ class _Request:
                 else:
                     request.complete()
 
-        self.device = ublk.Device(Keeper(), size="1MiB", read_only=True)
+        self.device = ublk.Device(Keeper(), size="1MiB", read_only=True, partition_scan=not scanless)
 
     def __enter__(self) -> Any:  # noqa: ANN401
         self.device.start()

@@ -261,7 +261,7 @@ impl Fault {
     /// >>> import threading
     /// >>> fault = ublk.Fault(ublk.Mem("1MiB"))
     /// >>> with ublk.Device(fault) as dev:
-    /// ...     rule = fault.add("hold", ops=["read"], limit=1)
+    /// ...     rule = fault.add("hold", ops=["read"], range=(1 << 19, (1 << 19) + 512), limit=1)
     /// ...     with open(dev.path, "rb", buffering=0) as disk:
     /// ...         client = threading.Thread(target=os.pread, args=(disk.fileno(), 512, 1 << 19))
     /// ...         client.start()
