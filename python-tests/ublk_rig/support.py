@@ -36,8 +36,7 @@ class Capability:
 # The first row that matches a test claims it: the special before the general.
 CAPABILITIES = (
     Capability("The README's ramdisk: mkfs, mount, write, read back", r"test_readme\.py"),
-    Capability("The Python package: contract, buffers, errors, asyncio", r"test_py_(?!vm)"),
-    Capability("pytest --ublk-vm, as users have it", r"test_py_vm"),
+    Capability("The Python package: contract, buffers, errors, asyncio", r"test_py_"),
     Capability("The C library: examples, misuse, valgrind, sanitizers", r"test_capi_"),
     Capability("File systems: ext4, xfs, btrfs", r"test_disk_filesystems"),
     Capability("Verified I/O (fio): sizes, queues, depths, block sizes", r"test_disk_fio"),
