@@ -9,11 +9,13 @@ use std::time::Duration;
 use pyo3::exceptions::{PyBaseException, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use ublk_core::control::{CancelToken, Wait};
 use ublk_core::{Ending, Errno, Error, ErrorKind, Running};
 
 use crate::attend::Interpreter;
 use crate::calls::Sink;
 use crate::errors::{OrRaise, StateError, raise, still_held};
+use crate::interrupt::{Token, interruptible};
 use crate::machine::describe;
 use crate::pool::Pool;
 use crate::stats::stats;
@@ -21,7 +23,7 @@ use crate::stats::stats;
 /// A live device's handle.
 #[pyclass(frozen, module = "ublk._native")]
 pub(crate) struct Device {
-    running: Mutex<Option<Running>>,
+    running: Arc<Mutex<Option<Running>>>,
     handle: ublk_core::Device,
     sink: Option<Arc<Sink>>,
     pool: Option<Arc<Pool>>,
@@ -32,6 +34,8 @@ pub(crate) struct Device {
 
 /// How long the threads of a pool are waited for when their device has ended.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The same, when a stop was given up.
+const BRIEFLY: Duration = Duration::from_millis(100);
 
 impl Device {
     pub(crate) fn new(
@@ -42,7 +46,7 @@ impl Device {
     ) -> PyResult<Self> {
         let device = Device {
             handle: running.handle(),
-            running: Mutex::new(Some(running)),
+            running: Arc::new(Mutex::new(Some(running))),
             sink,
             pool,
             ended: Mutex::default(),
@@ -50,7 +54,7 @@ impl Device {
         };
         let lives = device.sink.as_ref().is_none_or(|sink| sink.set_device(device.handle.clone()));
         if !lives {
-            device.stop(py, 5.0, true)?;
+            device.stop(py, 5.0, true, None)?;
             if let Some(fatal) = device.take_fatal() {
                 return Err(PyErr::from_value(fatal.into_bound(py).into_any()));
             }
@@ -73,24 +77,41 @@ impl Device {
         }
     }
 
-    /// The pool's threads go when there are no more requests. How many are stuck.
-    fn end_pool(&self) -> usize {
-        match &self.pool {
-            Some(pool) => {
-                pool.close();
-                pool.wait(PATIENCE)
-            }
-            None => 0,
+}
+
+/// The pool's threads go when there are no more requests. How many are stuck.
+fn end_pool(pool: Option<&Pool>, patience: Duration) -> usize {
+    match pool {
+        Some(pool) => {
+            pool.close();
+            pool.wait(patience)
         }
+        None => 0,
     }
 }
 
 /// Threads that stop devices whose handles are gone. Locked by threads only that are attached to the interpreter, as the
 /// one is that forks: so a child never finds it locked.
-static ENDING: Mutex<Vec<JoinHandle<()>>> = Mutex::new(Vec::new());
+static ENDING: Mutex<Vec<(Why, JoinHandle<()>)>> = Mutex::new(Vec::new());
 
-fn ending() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
+/// Why a thread is at work that nobody waits for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Why {
+    /// An exception came between a start and whoever was to have the handle.
+    HandleLost,
+    /// The handle was collected, or a call given up.
+    Abandoned,
+}
+
+fn ending() -> MutexGuard<'static, Vec<(Why, JoinHandle<()>)>> {
     ENDING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The program does not end before the thread, which takes seconds at the most.
+pub(crate) fn finish_before_exit(why: Why, thread: JoinHandle<()>) {
+    let mut ending = ending();
+    ending.retain(|(_, thread)| !thread.is_finished());
+    ending.push((why, thread));
 }
 
 /// Before the program ends: a device that is being stopped would stay behind, dead.
@@ -98,7 +119,19 @@ fn ending() -> MutexGuard<'static, Vec<JoinHandle<()>>> {
 pub(crate) fn finish_endings(py: Python<'_>) {
     let threads = std::mem::take(&mut *ending());
     // Each of them ends within seconds, as stops by force do.
-    py.detach(|| threads.into_iter().for_each(|thread| drop(thread.join())));
+    py.detach(|| threads.into_iter().for_each(|(_, thread)| drop(thread.join())));
+}
+
+/// Waits for the ends of devices whose handles were lost; a signal's handler that raises ends the wait.
+#[pyfunction]
+pub(crate) fn await_lost(py: Python<'_>) -> PyResult<()> {
+    let lost: Vec<_> = ending().extract_if(.., |(why, _)| *why == Why::HandleLost).collect();
+    if lost.is_empty() {
+        return Ok(());
+    }
+    interruptible(py, &CancelToken::new(), || {
+        lost.into_iter().for_each(|(_, thread)| drop(thread.join()));
+    })
 }
 
 /// In a forked child, which has none of these threads.
@@ -162,25 +195,41 @@ impl Device {
     }
 
     /// Stops and deletes; what could not be cleaned up, in words.
-    fn stop(&self, py: Python<'_>, timeout: f64, force: bool) -> PyResult<Vec<String>> {
+    ///
+    /// A signal's handler that raises has the deadline come at once, as the token does.
+    #[pyo3(signature = (timeout, force, token=None))]
+    fn stop(
+        &self,
+        py: Python<'_>,
+        timeout: f64,
+        force: bool,
+        token: Option<&Token>,
+    ) -> PyResult<Vec<String>> {
         self.check_thread("stop the device")?;
         let within = seconds("timeout", timeout)?;
-        let stopped = py.detach(|| {
+        let token = token.map_or_else(CancelToken::new, |token| token.0.clone());
+        let wait = Wait::for_(within).cancelled_by(&token);
+        let (handle, running, pool) =
+            (self.handle.clone(), Arc::clone(&self.running), self.pool.clone());
+        let token_of_stop = token.clone();
+        let stopped = interruptible(py, &token, move || {
             let stopped = match force {
-                true => self.handle.stop_force(within),
-                false => self.handle.stop(within),
+                true => handle.stop_force_with(&wait),
+                false => handle.stop_with(&wait),
             };
             stopped.map(|stopped| {
                 // It has nothing left to do.
-                drop(self.running().take());
+                drop(running.lock().unwrap_or_else(PoisonError::into_inner).take());
                 let mut leftovers = stopped.leftovers;
-                match self.end_pool() {
+                // Whoever gave it up does not wait for who may never come.
+                let patience = if token_of_stop.is_cancelled() { BRIEFLY } else { PATIENCE };
+                match end_pool(pool.as_deref(), patience) {
                     0 => {}
                     stuck => leftovers.push(format!("{stuck} thread(s) are stuck in the backend")),
                 }
                 leftovers
             })
-        });
+        })?;
         stopped.map_err(|error| match error.kind() {
             ErrorKind::Busy => still_held(py, &error),
             _ => raise(py, &error),
@@ -199,7 +248,7 @@ impl Device {
             };
             match running.hand_over(within) {
                 Ok(()) => {
-                    self.end_pool();
+                    end_pool(self.pool.as_deref(), PATIENCE);
                     Ok(())
                 }
                 Err(failed) => {
@@ -211,9 +260,14 @@ impl Device {
         handed.or_raise(py)
     }
 
-    /// Raises a StateError if the caller is one of the backend's methods.
-    fn check_caller(&self, what: &str) -> PyResult<()> {
-        self.check_thread(what)
+    /// Raises a StateError if the caller is a method of a backend that a thread of the device's has called.
+    fn check_caller(&self, py: Python<'_>, what: &str) -> PyResult<()> {
+        self.check_thread(what)?;
+        // Also one of another device's, on a worker that serves this one as well.
+        match self.handle.wait_timeout(Duration::ZERO) {
+            Err(error) if error.kind() == ErrorKind::WouldDeadlock => Err(raise(py, &error)),
+            _ => Ok(()),
+        }
     }
 
     /// A descriptor that is readable when the device has ended.
@@ -233,6 +287,11 @@ impl Device {
         let fd = reader.as_raw_fd();
         *ended = Some(reader);
         Ok(fd)
+    }
+
+    /// Whether it has.
+    fn has_ended(&self) -> bool {
+        self.handle.ending().is_some()
     }
 
     /// How the device ended, None while it lives; raises what took it down.
@@ -259,12 +318,19 @@ impl Device {
     /// Stops by force, without waiting; `then` is called when that is done.
     #[pyo3(signature = (then=None))]
     fn abandon(&self, then: Option<Py<PyAny>>) {
+        self.end_apart(Why::Abandoned, PATIENCE, then);
+    }
+}
+
+impl Device {
+    /// Stops by force, on a thread of its own.
+    fn end_apart(&self, why: Why, within: Duration, then: Option<Py<PyAny>>) {
         let (running, pool) = (self.running().take(), self.pool.clone());
-        if running.is_none() {
-            return;
-        }
+        let Some(running) = running else { return };
         let end = move || {
-            drop(running);
+            if let Err(failed) = running.stop_force(within) {
+                crate::log::complaint(format!("a device was not stopped: {}", failed.error));
+            }
             if let Some(pool) = pool {
                 pool.close();
             }
@@ -277,11 +343,7 @@ impl Device {
         };
         // Without a thread for it, here; it takes seconds at the most.
         match std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end) {
-            Ok(thread) => {
-                let mut ending = ending();
-                ending.retain(|thread| !thread.is_finished());
-                ending.push(thread);
-            }
+            Ok(thread) => finish_before_exit(why, thread),
             Err(error) => crate::log::complaint(format!("no thread to stop a device: {error}")),
         }
     }
@@ -292,7 +354,8 @@ impl Drop for Device {
     /// the workers that would be waited for may need it.
     fn drop(&mut self) {
         if std::process::id() == self.process {
-            self.abandon(None);
+            // Nobody knows of its disk yet: what the kernel asks of it is not waited for.
+            self.end_apart(Why::HandleLost, Duration::ZERO, None);
         }
     }
 }

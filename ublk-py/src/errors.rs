@@ -9,6 +9,8 @@ use pyo3::types::PyType;
 use pyo3::{PyTypeInfo, create_exception};
 use ublk_core::{Errno, Error, ErrorKind};
 
+use crate::words::pythonic;
+
 create_exception!(
     ublk,
     StateError,
@@ -59,7 +61,7 @@ pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
     let made = made.unwrap_or_else(|e| e);
     if let Some(remedy) = error.remedy() {
         // A failure to add a note must not hide the error itself.
-        let _ = made.value(py).call_method1("add_note", (remedy,));
+        let _ = made.value(py).call_method1("add_note", (pythonic(remedy),));
     }
     made
 }
@@ -77,7 +79,7 @@ fn text(error: &Error) -> String {
         text += &format!(" ({})", place.join(", "));
     }
     match (error.cause(), error.errno()) {
-        (Some(cause), _) => text += &format!(": {cause}"),
+        (Some(cause), _) => text += &format!(": {}", pythonic(cause)),
         (None, Some(errno)) => text += &format!(": {errno}"),
         (None, None) => {}
     }
@@ -134,7 +136,7 @@ pub(crate) fn still_held(py: Python<'_>, error: &Error) -> PyErr {
     let holders: Vec<_> = error.holders().iter().map(ToString::to_string).collect();
     let _ = made.value(py).setattr("holders", holders);
     if let Some(remedy) = error.remedy() {
-        let _ = made.value(py).call_method1("add_note", (remedy,));
+        let _ = made.value(py).call_method1("add_note", (pythonic(remedy),));
     }
     made
 }

@@ -7,7 +7,8 @@
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
 //! * [`options`], [`device`], [`targets`], [`faults`], [`stats`] are the builder, the device and the ready-made backends;
-//! * [`errors`] and [`log`] bring errors and messages over.
+//! * [`interrupt`] has calls that wait end with Ctrl-C;
+//! * [`errors`] and [`log`] bring errors and messages over, [`words`] has them name what Python has.
 
 mod attend;
 mod buffer;
@@ -15,6 +16,7 @@ mod calls;
 mod device;
 mod errors;
 mod faults;
+mod interrupt;
 mod log;
 mod machine;
 mod options;
@@ -24,6 +26,7 @@ mod request;
 mod serve;
 mod stats;
 mod targets;
+mod words;
 
 use pyo3::prelude::*;
 
@@ -36,9 +39,11 @@ mod _native {
     #[pymodule_export]
     use super::calls::Calls;
     #[pymodule_export]
-    use super::device::{Device, Workers, finish_endings};
+    use super::device::{Device, Workers, await_lost, finish_endings};
     #[pymodule_export]
     use super::faults::{Fault, WriteCache};
+    #[pymodule_export]
+    use super::interrupt::Token;
     #[pymodule_export]
     use super::log::{close_log, forked, next_record};
     #[pymodule_export]

@@ -5,9 +5,10 @@ use std::time::Duration;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use ublk_core::control::{Control, DeviceInfo, Features, Wait};
+use ublk_core::control::{CancelToken, Control, DeviceInfo, Features, Wait};
 
 use crate::errors::OrRaise;
+use crate::interrupt::interruptible;
 
 /// The kernel's names of features, without `UBLK_F_`; those that have none as numbers.
 pub(crate) fn names(features: Features) -> Vec<String> {
@@ -56,5 +57,7 @@ pub(crate) fn list_devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
 pub(crate) fn delete(py: Python<'_>, id: u32, timeout: f64) -> PyResult<()> {
     let within = Duration::try_from_secs_f64(timeout)
         .map_err(|e| PyValueError::new_err(format!("timeout={timeout}: {e}")))?;
-    py.detach(|| Control::open()?.delete(id, &Wait::for_(within))).or_raise(py)
+    let token = CancelToken::new();
+    let wait = Wait::for_(within).cancelled_by(&token);
+    interruptible(py, &token, move || Control::open()?.delete(id, &wait))?.or_raise(py)
 }

@@ -14,6 +14,7 @@ use crate::attend::Interpreter;
 use crate::calls::{Calls, Sink};
 use crate::device::{Device, Workers};
 use crate::errors::{OrRaise, StateError};
+use crate::interrupt::{Token, interruptible};
 use crate::pool::Pool;
 use crate::serve::{Inbox, Server, Way};
 use crate::targets::ready_made;
@@ -180,13 +181,13 @@ impl Spec {
     }
 
     /// Adds and starts the device; returns when its disk can be used.
-    fn start(&self, py: Python<'_>) -> PyResult<Device> {
-        self.bring_up(py, |builder| builder.start())
+    fn start(&self, py: Python<'_>, token: &Token) -> PyResult<Device> {
+        self.bring_up(py, token, |builder| builder.start())
     }
 
     /// Takes over device `id`, whose server is gone.
-    fn recover(&self, py: Python<'_>, id: u32) -> PyResult<Device> {
-        self.bring_up(py, |builder| builder.recover(id, &Control::open()?))
+    fn recover(&self, py: Python<'_>, id: u32, token: &Token) -> PyResult<Device> {
+        self.bring_up(py, token, move |builder| builder.recover(id, &Control::open()?))
     }
 }
 
@@ -194,7 +195,8 @@ impl Spec {
     fn bring_up(
         &self,
         py: Python<'_>,
-        up: impl FnOnce(Builder) -> ublk_core::Result<ublk_core::Running> + Send,
+        token: &Token,
+        up: impl FnOnce(Builder) -> ublk_core::Result<ublk_core::Running> + Send + 'static,
     ) -> PyResult<Device> {
         let described = self.described.lock().unwrap_or_else(PoisonError::into_inner).take();
         let (builder, server) =
@@ -206,13 +208,15 @@ impl Spec {
             }
             _ => None,
         };
-        let running = py.detach(|| up(builder));
+        let builder = builder.cancelled_by(&token.0);
+        let running = interruptible(py, &token.0, move || up(builder));
+        let running = running.and_then(|running| running.or_raise(py));
         if running.is_err()
             && let Some(pool) = &pool
         {
             pool.close();
         }
-        let running = running.or_raise(py)?;
+        let running = running?;
         let sink = server.as_ref().map(|server| Arc::clone(&server.sink));
         Device::new(py, running, sink, pool)
     }

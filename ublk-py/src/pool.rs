@@ -124,7 +124,7 @@ impl Pool {
 }
 
 /// Signals are for the program's own threads.
-fn block_signals() {
+pub(crate) fn block_signals() {
     // SAFETY: the set is initialised by sigfillset before it is used; only the calling thread's mask changes.
     unsafe {
         let mut all = std::mem::zeroed();

@@ -30,7 +30,7 @@ mod params;
 mod params_integrity;
 mod params_wire;
 mod pool;
-mod wait;
+pub(crate) mod wait;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};

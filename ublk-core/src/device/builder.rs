@@ -7,7 +7,7 @@ use super::running::Running;
 use super::start::Added;
 use crate::backend::{AsyncBackend, Backend, Capabilities, QueueHandler};
 use crate::control::{
-    AddDevice, Control, DeviceParams, Discard, FeatureRequest, Features, Integrity, ParamsBuilder,
+    AddDevice, CancelToken, Control, DeviceParams, Discard, FeatureRequest, Features, Integrity, ParamsBuilder,
     SegmentLimits, Zoned,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -129,6 +129,7 @@ pub struct Builder {
     descriptor_bytes: u16,
     pub(super) many_unprivileged: bool,
     pub(super) start_timeout: Duration,
+    pub(super) cancel: CancelToken,
 }
 
 /// A builder's description, checked.
@@ -247,6 +248,7 @@ impl Builder {
             descriptor_bytes: DESCRIPTOR,
             many_unprivileged: false,
             start_timeout: Duration::from_secs(30),
+            cancel: CancelToken::new(),
         }
     }
 
@@ -415,6 +417,14 @@ impl Builder {
     /// How long the start may take, from the first command to the usable disk. Default 30 seconds.
     pub fn start_timeout(mut self, timeout: Duration) -> Self {
         self.start_timeout = timeout;
+        self
+    }
+
+    /// Has a token end the start, or the [takeover](Self::recover), from another thread: what has come up by then is
+    /// taken down, requests that the backend holds are answered in its place, and the call returns
+    /// [`ErrorKind::Cancelled`]. Once the call has returned the token does nothing any more.
+    pub fn cancelled_by(mut self, token: &CancelToken) -> Self {
+        self.cancel = token.clone();
         self
     }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now};
 use super::stop::Manner;
-use crate::control::{DeviceInfo, DeviceParams, Features};
+use crate::control::{DeviceInfo, DeviceParams, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
 
 const ATTEMPT: &str = "halt the device";
@@ -32,7 +32,7 @@ impl Life {
                 ))
                 .remedy_is("stop it, and make a new one"));
         }
-        let deadline = from_now(within);
+        let wait = Wait::until(from_now(within));
         {
             let mut state = self.lock();
             if state.phase != Phase::Live || state.has_failed() {
@@ -41,13 +41,13 @@ impl Life {
             state.phase = Phase::Ending;
         }
         // Not by TRY_STOP: after that only the privileged may open the disk, for as long as the device lives.
-        if let Err(error) = self.stop_when_free(deadline, false) {
+        if let Err(error) = self.stop_when_free(&wait, false) {
             self.resume();
             return Err(error);
         }
         let mut leftovers = Vec::new();
-        self.remove_disk(deadline, &mut leftovers);
-        self.release(&mut leftovers);
+        self.remove_disk(&wait, &mut leftovers);
+        self.release(PATIENCE, &mut leftovers);
         let failure = self.failure();
         if failure.is_some() || !leftovers.is_empty() {
             let ending = if failure.is_some() { Ending::Failed } else { Ending::Stopped };

@@ -150,7 +150,7 @@ impl Life {
     /// Takes the disk's requests from this server: every tag comes home, unless requests stay unanswered until
     /// the deadline. An error if the driver was not asked, or refused: then the disk is served on.
     fn quiesce(&self, deadline: Instant) -> Result<()> {
-        if !self.wait_answered_requests(deadline) {
+        if !self.wait_answered_requests(&Wait::until(deadline)) {
             return Err(self.failure().unwrap_or_else(|| {
                 self.refuse(
                     ErrorKind::TimedOut,
@@ -244,7 +244,7 @@ impl Life {
                 leftovers.push("a worker that serves other devices may be stuck".into());
             }
         }
-        self.release(&mut leftovers);
+        self.release(PATIENCE, &mut leftovers);
         for what in &leftovers {
             tracing::warn!(
                 device = self.info.id,

@@ -7,6 +7,7 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::unprivileged::Seat;
+use crate::control::wait::Wake;
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork::OwnFd;
@@ -324,6 +325,29 @@ impl Life {
         let spawned = thread::spawn(format!("ublk{id}-down"), move || life.take_down());
         if let Err(error) = spawned {
             tracing::error!(device = id, %error, "the failed device could not be taken down");
+        }
+    }
+}
+
+/// A start that is given up by its caller.
+impl Wake for Life {
+    fn wake(&self) {
+        {
+            let mut state = self.lock();
+            if state.phase == Phase::Starting {
+                let text = "the caller has given it up".to_owned();
+                state.failure.get_or_insert(Failure { kind: ErrorKind::Cancelled, text });
+            }
+        }
+        self.changed.notify_all();
+        if self.lock().phase != Phase::Starting {
+            // A stop that waits for another one has looked again.
+            return;
+        }
+        // START waits inside of the kernel for what the backend holds of its look for partitions.
+        self.revoke();
+        if let Some(token) = &*self.start.lock().unwrap_or_else(PoisonError::into_inner) {
+            token.cancel();
         }
     }
 }

@@ -14,7 +14,7 @@ use super::mend;
 use super::running::Running;
 use super::start::{Rise, Way};
 use crate::backend::Capabilities;
-use crate::control::{Control, DeviceInfo, DeviceParams, DeviceState, Features, SECTOR, Wait};
+use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, DeviceState, Features, SECTOR, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork::OwnFd;
 
@@ -77,7 +77,7 @@ impl Builder {
         check_state(&info)?;
         let params = params_of(control, id, deadline)?;
         self.fits(&info, &params).map_err(|e| e.on_device(id))?;
-        let char_device = take(control, id, deadline)?;
+        let char_device = take(control, id, deadline, &self.cancel)?;
         let mut info = control.get_dev_info(id)?;
         info.capacity = Some(params.capacity());
         let pool = self.service.start(self.threads, &format!("ublk{id}-pool"))?;
@@ -90,13 +90,12 @@ impl Builder {
             false,
             char_device,
         );
-        match (Rise { builder: &self, info: &life.info, way: Way::Recover }
-            .bring_up(&life, deadline))
-        {
+        let rise = Rise { builder: &self, info: &life.info, way: Way::Recover };
+        match rise.bring_up(&life, deadline) {
             Ok(()) => Ok(Running::new(life, self)),
             Err(error) => {
                 life.undo_recovery();
-                Err(error)
+                Err(rise.cancelled(error))
             }
         }
     }
@@ -201,7 +200,7 @@ fn params_of(control: &Control, id: u32, deadline: Instant) -> Result<DevicePara
 }
 
 /// Opens the device once its former server is gone and the driver ready for another.
-fn take(control: &Control, id: u32, deadline: Instant) -> Result<OwnFd> {
+fn take(control: &Control, id: u32, deadline: Instant, cancel: &CancelToken) -> Result<OwnFd> {
     let patience = Instant::now() + GRACE;
     let mut mended = !mend::is_needed(control);
     loop {
@@ -217,6 +216,12 @@ fn take(control: &Control, id: u32, deadline: Instant) -> Result<OwnFd> {
                 .because(format!("process {pid} serves it")));
         }
         match try_take(control, &info, &mut mended) {
+            Err(e) if e.kind() == ErrorKind::Busy && cancel.is_cancelled() => {
+                return Err(Error::new(ErrorKind::Cancelled, ATTEMPT)
+                    .on_device(id)
+                    .because("the caller has given it up")
+                    .with_source(e));
+            }
             Err(e) if e.kind() == ErrorKind::Busy && now < deadline => std::thread::sleep(POLL),
             taken => return taken,
         }

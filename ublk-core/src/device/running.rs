@@ -10,7 +10,7 @@ use super::life::{Ending, Life, Phase, from_now};
 use super::start::Added;
 use super::stats::{DeviceStats, QueueStats};
 use super::stop::Manner;
-use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features};
+use crate::control::{DeviceInfo, DeviceParams, DeviceState, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::clock::Stamp;
 use crate::sys::fork;
@@ -154,7 +154,7 @@ impl Device {
     /// [`ErrorKind::Busy`] with [`Error::holders`]: the disk goes on. [`ErrorKind::WouldDeadlock`] on one of
     /// its own threads, [`ErrorKind::Forked`] in a forked child.
     pub fn stop(&self, within: Duration) -> Result<Stopped> {
-        self.stopped(within, Manner::Polite)
+        self.stopped(&Wait::until(from_now(within)), Manner::Polite)
     }
 
     /// As [`stop`](Self::stop), whoever uses the disk: it is pulled from under them. What a file system on it
@@ -164,11 +164,31 @@ impl Device {
     ///
     /// As [`stop`](Self::stop), never `Busy`.
     pub fn stop_force(&self, within: Duration) -> Result<Stopped> {
-        self.stopped(within, Manner::Forced)
+        self.stopped(&Wait::until(from_now(within)), Manner::Forced)
     }
 
-    fn stopped(&self, within: Duration, manner: Manner) -> Result<Stopped> {
-        let (ending, leftovers) = self.0.stop(within, manner)?;
+    /// As [`stop`](Self::stop), with a wait that can be cancelled: that is to have its deadline come at once. A disk
+    /// that is in use goes on; one that is not, or that is being removed already, is stopped in moments, and
+    /// requests that the backend still holds fail.
+    ///
+    /// # Errors
+    ///
+    /// As [`stop`](Self::stop); [`ErrorKind::Cancelled`] if it was another stop that this one waited for.
+    pub fn stop_with(&self, wait: &Wait) -> Result<Stopped> {
+        self.stopped(wait, Manner::Polite)
+    }
+
+    /// As [`stop_force`](Self::stop_force), with a wait that can be cancelled: that is to have its deadline come at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`stop_with`](Self::stop_with), never `Busy`.
+    pub fn stop_force_with(&self, wait: &Wait) -> Result<Stopped> {
+        self.stopped(wait, Manner::Forced)
+    }
+
+    fn stopped(&self, wait: &Wait, manner: Manner) -> Result<Stopped> {
+        let (ending, leftovers) = self.0.stop(wait, manner)?;
         Ok(Stopped { id: self.id(), ending, leftovers, stats: self.stats() })
     }
 }
@@ -297,7 +317,7 @@ impl Running {
     }
 
     fn finish(mut self, within: Duration, manner: Manner) -> Result<Stopped, StopFailed> {
-        match self.device.stopped(within, manner) {
+        match self.device.stopped(&Wait::until(from_now(within)), manner) {
             Ok(stopped) => {
                 self.over = true;
                 Ok(stopped)

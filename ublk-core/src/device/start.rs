@@ -13,6 +13,7 @@ use super::running::Running;
 use super::unprivileged::{self, Seat};
 use crate::control::NO_UDEV_RULES;
 use crate::control::node_watch::{Watch, may_read};
+use crate::control::wait::Wake;
 use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork;
@@ -135,7 +136,7 @@ impl Added {
         // First, as it waits for udev: until the node is ours the driver takes no command about an unprivileged
         // device, not even its deletion.
         let char_device = control
-            .open_char_device(id, &Wait::until(deadline))
+            .open_char_device(id, &Wait::until(deadline).cancelled_by(&self.builder.cancel))
             .map_err(|e| if seat.is_some() { unprivileged::stays(e) } else { e })?;
         if self.again {
             halt::once_the_old_disk_is_gone(|| control.set_params(id, &self.params))?;
@@ -167,7 +168,7 @@ impl Added {
             }
             Err(error) => {
                 life.undo_start();
-                Err(error)
+                Err(rise.cancelled(error))
                 // The guard deletes the device.
             }
         }
@@ -196,7 +197,25 @@ pub(super) struct Rise<'a> {
 }
 
 impl Rise<'_> {
+    /// What is said of a failure: it may be the end of what the caller gave up.
+    pub(super) fn cancelled(&self, error: Error) -> Error {
+        if !self.builder.cancel.is_cancelled() {
+            return error;
+        }
+        let attempt = match self.way {
+            Way::Start => "start the device",
+            Way::Recover => "recover the device",
+        };
+        Error::new(ErrorKind::Cancelled, attempt)
+            .on_device(self.info.id)
+            .because("the caller has given it up")
+    }
+
     pub(super) fn bring_up(&self, life: &Arc<Life>, deadline: Instant) -> Result<()> {
+        let _listening = self.builder.cancel.listen(life);
+        if self.builder.cancel.is_cancelled() {
+            life.wake();
+        }
         let starts = self.starts(life)?;
         let queues = starts.iter().map(|start| {
             let worker = self.worker(life, start)?;

@@ -6,7 +6,7 @@
 //! otherwise wait for ourselves.
 
 use std::path::Path;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
@@ -27,16 +27,30 @@ pub(super) enum Manner {
 /// tags come home one by one, on a machine that may have other things to do.
 const LAST_RESORT: Duration = Duration::from_secs(10);
 
+/// Within this a worker of a device that nobody uses yet gives a sign of life, or is taken to be stuck.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
 /// What could not be cleaned up.
 pub(super) type Leftovers = Vec<String>;
 
 impl Life {
-    /// Stops and deletes the device. Another stop that is at work is waited for.
-    pub(super) fn stop(&self, within: Duration, manner: Manner) -> Result<(Ending, Leftovers)> {
+    /// Stops and deletes the device. Another stop that is at work is waited for. To cancel the wait is to have its
+    /// deadline come at once.
+    pub(super) fn stop(
+        self: &Arc<Self>,
+        wait: &Wait,
+        manner: Manner,
+    ) -> Result<(Ending, Leftovers)> {
         const ATTEMPT: &str = "stop the device";
         self.check_process(ATTEMPT)?;
         self.check_thread(ATTEMPT)?;
-        let deadline = from_now(within);
+        // One that is far away if there is none.
+        let deadline = wait.deadline().unwrap_or_else(|| from_now(Duration::MAX));
+        let wait = match wait.cancel_token() {
+            Some(token) => Wait::until(deadline).cancelled_by(token),
+            None => Wait::until(deadline),
+        };
+        let _listening = wait.cancel_token().map(|token| token.listen(self));
         let ours = loop {
             let mut state = self.lock();
             match state.phase {
@@ -48,8 +62,18 @@ impl Life {
                 Phase::Ending => {}
             }
             drop(state);
-            let idle = |s: &super::life::State| s.phase != Phase::Ending;
-            if !self.wait_until(Some(deadline + PATIENCE), idle) {
+            let mut given_up = false;
+            let idle = |s: &super::life::State| {
+                given_up = wait.is_cancelled();
+                s.phase != Phase::Ending || given_up
+            };
+            let in_time = self.wait_until(Some(deadline + PATIENCE), idle);
+            if given_up {
+                return Err(Error::new(ErrorKind::Cancelled, ATTEMPT)
+                    .on_device(self.info.id)
+                    .because("another stop of it is at work, which goes on"));
+            }
+            if !in_time {
                 return Err(Error::new(ErrorKind::TimedOut, ATTEMPT)
                     .on_device(self.info.id)
                     .because("another stop of it has not come to an end"));
@@ -58,16 +82,16 @@ impl Life {
         let mut leftovers = Vec::new();
         if ours {
             if manner == Manner::Polite
-                && let Err(error) = self.stop_when_free(deadline, true)
+                && let Err(error) = self.stop_when_free(&wait, true)
             {
                 self.resume();
                 return Err(error);
             }
-            if manner == Manner::Forced && !self.wait_answered_requests(deadline) {
+            if manner == Manner::Forced && !self.wait_answered_requests(&wait) {
                 self.revoke();
             }
-            self.remove_disk(deadline, &mut leftovers);
-            self.release(&mut leftovers);
+            self.remove_disk(&wait, &mut leftovers);
+            self.release(PATIENCE, &mut leftovers);
             let failed = self.lock().has_failed();
             self.set_ended(if failed { Ending::Failed } else { Ending::Stopped });
         }
@@ -84,7 +108,7 @@ impl Life {
     /// STOP waits for requests inside of the kernel, with no way back, and a process that is killed in that
     /// state, on a thread of its own STOP, never ends: the requests are aborted only when `ublkc` is closed,
     /// which the kernel thread that runs the STOP keeps open. So STOP is not begun while a request is stuck.
-    pub(super) fn wait_answered_requests(&self, deadline: Instant) -> bool {
+    pub(super) fn wait_answered_requests(&self, wait: &Wait) -> bool {
         // A request's end is no event: to announce each would burden them all for the sake of this.
         const STEP: Duration = Duration::from_millis(2);
         let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
@@ -92,19 +116,19 @@ impl Life {
             if !self.queues().iter().zip(&then).any(|(q, then)| q.meter.still_out(then)) {
                 return true;
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.lock().has_failed() {
+            if wait.is_over() || self.lock().has_failed() {
                 return false;
             }
+            let left = wait.remaining().unwrap_or(STEP);
             self.wait_until(Some(Instant::now() + left.min(STEP)), |_| false);
         }
     }
 
     /// Waits until nobody holds the disk. If it is to go `for_good`, it is removed in the same moment, where the
     /// kernel can do that.
-    pub(super) fn stop_when_free(&self, deadline: Instant, for_good: bool) -> Result<()> {
+    pub(super) fn stop_when_free(&self, wait: &Wait, for_good: bool) -> Result<()> {
         let id = self.info.id;
-        if !self.wait_answered_requests(deadline) && !self.lock().has_failed() {
+        if !self.wait_answered_requests(wait) && !self.lock().has_failed() {
             let holders = self.disk_holders();
             if !holders.is_empty() {
                 return Err(self.busy(holders));
@@ -120,9 +144,9 @@ impl Life {
             }
             // Also at the deadline the driver is asked, and given the time to say who holds the disk: an
             // answer that did not come must not be taken for one.
-            let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
+            let least = Wait::for_(PATIENCE.max(wait.remaining().unwrap_or_default()));
             let holders = if for_good && self.info.features.contains(Features::SAFE_STOP_DEV) {
-                match self.control.try_stop_dev(id, &wait) {
+                match self.control.try_stop_dev(id, &least) {
                     // Ok, or gone already.
                     Ok(()) => return Ok(()),
                     Err(e) if e.kind() == ErrorKind::Busy => {
@@ -147,10 +171,10 @@ impl Life {
             if holders.is_empty() {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if wait.is_over() {
                 return Err(self.busy(holders));
             }
-            watch.wait(Some(deadline.saturating_duration_since(Instant::now())));
+            watch.wait(wait.remaining());
         }
     }
 
@@ -171,19 +195,19 @@ impl Life {
     }
 
     /// STOP, with what is stuck revoked at the deadline, and taken from its worker soon after.
-    pub(super) fn remove_disk(&self, deadline: Instant, leftovers: &mut Leftovers) {
+    pub(super) fn remove_disk(&self, wait: &Wait, leftovers: &mut Leftovers) {
         let id = self.info.id;
         if self.has_lost_queues() {
             // STOP would wait for requests that only the closing of the device's file ends.
             self.condemn(leftovers);
         }
-        for wait in [Some(deadline), None, None] {
-            let until = wait.unwrap_or_else(|| Instant::now() + LAST_RESORT);
-            let stopped = self.control.stop_dev(id, &Wait::until(until));
+        for wait in [Some(wait), None, None] {
+            let last = Wait::for_(LAST_RESORT);
+            let stopped = self.control.stop_dev(id, wait.unwrap_or(&last));
             match stopped {
                 Ok(()) => return,
                 Err(e) if e.kind() == ErrorKind::NoSuchDevice => return,
-                Err(e) if e.kind() == ErrorKind::TimedOut => {
+                Err(e) if matches!(e.kind(), ErrorKind::TimedOut | ErrorKind::Cancelled) => {
                     if wait.is_some() {
                         self.revoke();
                     } else {
@@ -198,6 +222,19 @@ impl Life {
             }
         }
         leftovers.push(format!("STOP of device {id} has not come back from the kernel"));
+    }
+
+    /// Waits until what was revoked is answered, which takes workers no time that are not stuck in the backend.
+    fn wait_revoked(&self, deadline: Instant) -> bool {
+        const STEP: Duration = Duration::from_millis(2);
+        let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
+        while self.queues().iter().zip(&then).any(|(q, then)| q.meter.still_out(then)) {
+            if Instant::now() >= deadline {
+                return false;
+            }
+            self.wait_until(Some(Instant::now() + STEP), |_| false);
+        }
+        true
     }
 
     pub(super) fn revoke(&self) {
@@ -220,11 +257,11 @@ impl Life {
     }
 
     /// Waits for the workers to let go of the device, and ends those that are its own.
-    pub(super) fn release(&self, leftovers: &mut Leftovers) {
+    pub(super) fn release(&self, patience: Duration, leftovers: &mut Leftovers) {
         if !self.wait_released(Instant::now() + LAST_RESORT) {
             self.condemn(leftovers);
         }
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + patience;
         if !self.shared_workers {
             for queue in self.queues() {
                 queue.worker.end();
@@ -316,10 +353,17 @@ impl Life {
         self.lock().phase = Phase::Ending;
         let mut leftovers = Vec::new();
         self.wait_answered(Instant::now() + PATIENCE);
+        // Nobody uses the disk yet: what the backend still holds of the kernel's look at it need not be waited for.
+        self.revoke();
+        let mut patience = PATIENCE;
+        if !self.shared_workers && !self.wait_revoked(Instant::now() + HEARTBEAT) {
+            self.condemn(&mut leftovers);
+            patience = HEARTBEAT;
+        }
         // Ends the commands of tags that were fetched, also if there is no disk yet. The workers, which may
         // serve other devices, live on.
-        self.remove_disk(Instant::now() + PATIENCE, &mut leftovers);
-        self.release(&mut leftovers);
+        self.remove_disk(&Wait::for_(PATIENCE), &mut leftovers);
+        self.release(patience, &mut leftovers);
         self.set_ended(Ending::Failed);
         for what in leftovers {
             tracing::warn!(device = self.info.id, "after a failed start: {what}");
@@ -337,8 +381,8 @@ impl Life {
         }
         let mut leftovers = Vec::new();
         self.revoke();
-        self.remove_disk(Instant::now() + PATIENCE, &mut leftovers);
-        self.release(&mut leftovers);
+        self.remove_disk(&Wait::for_(PATIENCE), &mut leftovers);
+        self.release(PATIENCE, &mut leftovers);
         self.delete(Manner::Forced, &mut leftovers);
         for what in leftovers {
             tracing::warn!(device = self.info.id, "after a failure: {what}");

@@ -1,6 +1,6 @@
 //! Starting workers, speaking to them, and taking devices from one that is stuck.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 use std::thread::ThreadId;
 use std::time::{Duration, Instant};
@@ -32,6 +32,8 @@ pub(crate) struct WorkerHandle {
     ended: Arc<Ended>,
     thread: OnceLock<ThreadId>,
     warnings: Vec<String>,
+    /// Its ring was taken away.
+    condemned: AtomicBool,
     generation: u32,
 }
 
@@ -94,6 +96,7 @@ impl WorkerHandle {
             ended,
             thread: OnceLock::from(id),
             warnings,
+            condemned: AtomicBool::new(false),
             generation: fork::generation(),
         }))
     }
@@ -137,9 +140,13 @@ impl WorkerHandle {
     /// Takes the ring and everything on it from the worker, whether it is stuck in user code or not, so that
     /// the kernel can abort what it served. False if that did not succeed in time.
     pub(crate) fn condemn(&self, deadline: Instant) -> bool {
+        if self.condemned.load(Ordering::Acquire) {
+            return true;
+        }
         let _ = self.mailbox.send(Message::Abandon);
         loop {
             if let Some(core) = self.shared.try_take() {
+                self.condemned.store(true, Ordering::Release);
                 self.mailbox.close();
                 let stuck = Error::new(ErrorKind::WorkerDied, "serve the device")
                     .because("its worker was stuck in the backend and had its ring taken away");
@@ -314,11 +321,17 @@ impl Workers {
     ///
     /// # Errors
     ///
-    /// As [`Control::open`], and [`ErrorKind::Forked`] in a forked child.
+    /// As [`Control::open`], [`ErrorKind::Forked`] in a forked child, and [`ErrorKind::WouldDeadlock`] on one of its
+    /// workers.
     pub(crate) fn control(&self) -> Result<Control> {
         if self.0.generation != fork::generation() {
             return Err(Error::new(ErrorKind::Forked, "start a device on a pool of workers")
                 .because("the pool was made before a fork, by the parent process"));
+        }
+        if self.0.workers.iter().any(|worker| worker.is_current()) {
+            return Err(Error::new(ErrorKind::WouldDeadlock, "start a device on a pool of workers")
+                .because("the calling thread is one of them, which the start would wait for")
+                .remedy_is("call it from another thread"));
         }
         let mut kept = self.0.control.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(control) = kept.upgrade() {

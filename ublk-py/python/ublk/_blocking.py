@@ -21,8 +21,8 @@ def settle(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-async def in_thread(call: Callable[[], _T]) -> _T:
-    """Runs a call that blocks on a thread of its own; a cancellation waits for it, as nothing takes it back."""
+async def in_thread(call: Callable[[], _T], give_up: Callable[[], object] | None = None) -> _T:
+    """Runs a call that blocks on a thread of its own; a cancellation gives it up, and waits for what comes of that."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     returned: list[_T] = []
@@ -42,8 +42,11 @@ async def in_thread(call: Callable[[], _T]) -> _T:
         try:
             await asyncio.shield(done)
         except asyncio.CancelledError as error:
+            if cancelled is None and give_up is not None:
+                give_up()
             cancelled = error
-    if raised:
+    # That a call which was given up fails is what was asked for.
+    if raised and (cancelled is None or not isinstance(raised[0], Exception)):
         raise raised.pop()
     if cancelled is not None:
         raise cancelled

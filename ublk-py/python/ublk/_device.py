@@ -164,6 +164,7 @@ class Device:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._courier: Courier | None = None
+        self._starting = _native.Token()
         if not stop_timeout >= 0:
             raise ValueError(f"stop_timeout={stop_timeout}: seconds, 0 or more")
         self._stop_timeout = stop_timeout
@@ -268,6 +269,8 @@ class Device:
             FileExistsError: The ``id`` is taken.
             OSError: What else the kernel refuses; a note says what to do.
             TimeoutError: It took longer than ``start_timeout``.
+            KeyboardInterrupt: Ctrl-C, at once: what had come up is taken down and deleted. The same for whatever the
+                handler of a signal raises.
 
         >>> import ublk
         >>> dev = ublk.Device(ublk.Null(), size="1GiB").start()
@@ -285,6 +288,8 @@ class Device:
     async def start_async(self) -> Self:
         """As `start`, without blocking the running loop, which an ``async`` backend is served by.
 
+        Cancelling it takes down what has come up.
+
         >>> import asyncio, ublk
         >>> async def main():
         ...     dev = await ublk.Device(ublk.Mem("1MiB")).start_async()
@@ -295,9 +300,9 @@ class Device:
         try:
             if self._courier is not None:
                 self._courier.attach(asyncio.get_running_loop())
-            return await in_thread(self._bring_up)
+            return await in_thread(self._bring_up, self._starting.cancel)
         except BaseException:
-            # Cancelled, for instance: the device came up all the same.
+            # Cancelled, for instance, when the device had come up.
             await in_thread(self._give_up)
             raise
 
@@ -323,15 +328,17 @@ class Device:
         if self._native is None:
             # Should there be a device whose handle was lost with the exception, the handle's end stops it.
             self._phase = "stopped"
+            _native.await_lost()
             self._end_loop()
             return
         try:
-            self._stop(_FORCE_WITHIN, force=True)
+            # Nobody knows of its disk yet: what the kernel asks of it is not waited for.
+            self._stop(0, force=True)
         except Exception:
             _logger.exception("%r: it was not stopped after a start that failed", self)
 
     def _launch(self) -> _native.Device:
-        return self._spec.start()
+        return self._spec.start(self._starting)
 
     def stop(self, timeout: float = 30.0) -> None:
         """Stops the disk when nobody uses it, and deletes the device: when this returns, its nodes are gone.
@@ -343,6 +350,8 @@ class Device:
             TimeoutError: The disk is in use; the message and the attribute ``holders`` say by whom. It goes on.
             StateError: The caller is a method of the backend, or the loop that serves it.
             BaseException: What a method of the backend raised that is no `Exception`, unless `wait` has raised it.
+            KeyboardInterrupt: Ctrl-C has the deadline come at once: a disk that is in use goes on, any other is stopped
+                and deleted first. The same for whatever the handler of a signal raises.
 
         >>> import ublk
         >>> dev = ublk.Device(ublk.Null(), size="1GiB").start()
@@ -367,13 +376,16 @@ class Device:
     async def stop_async(self, timeout: float = 30.0) -> None:
         """As `stop`, without blocking the running loop.
 
+        Cancelling it has the deadline come at once: a disk that is in use goes on, any other is stopped.
+
         >>> import asyncio, ublk
         >>> async def main():
         ...     async with ublk.Device(ublk.Mem("1MiB")) as dev:
         ...         await dev.stop_async()
         >>> asyncio.run(main())
         """
-        await in_thread(lambda: self._stop(timeout, force=False))
+        token = _native.Token()
+        await in_thread(lambda: self._stop(timeout, force=False, token=token), token.cancel)
 
     async def stop_force_async(self, timeout: float = 30.0) -> None:
         """As `stop_force`, without blocking the running loop.
@@ -384,9 +396,10 @@ class Device:
         ...         await dev.stop_force_async()
         >>> asyncio.run(main())
         """
-        await in_thread(lambda: self._stop(timeout, force=True))
+        token = _native.Token()
+        await in_thread(lambda: self._stop(timeout, force=True, token=token), token.cancel)
 
-    def _stop(self, timeout: float, *, force: bool) -> None:
+    def _stop(self, timeout: float, *, force: bool, token: _native.Token | None = None) -> None:
         self._check_process()
         native = self._native
         if native is None:
@@ -395,7 +408,14 @@ class Device:
                     raise StateError("the device is being started by another thread: stop it when it has come up")
                 self._phase = "stopped"
             return
-        for leftover in native.stop(timeout, force):
+        try:
+            leftovers = native.stop(timeout, force, token)
+        except (KeyboardInterrupt, SystemExit):
+            # A stop that a signal interrupts comes to its end all the same, unless the disk is in use.
+            if native.has_ended():
+                self._over(native)
+            raise
+        for leftover in leftovers:
             _logger.warning("%s: %s", native.path, leftover)
         self._over(native)
 
@@ -672,13 +692,14 @@ class Device:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await in_thread(lambda: self._leave(error))
+        token = _native.Token()
+        await in_thread(lambda: self._leave(error, token), token.cancel)
 
-    def _leave(self, error: BaseException | None) -> None:
+    def _leave(self, error: BaseException | None, token: _native.Token | None = None) -> None:
         """Politely first, then by force: nothing is left behind."""
         native = self._native
         try:
-            self._stop(self._stop_timeout, force=False)
+            self._stop(self._stop_timeout, force=False, token=token)
         except TimeoutError as held:
             _logger.warning("%s; it is taken from them", held)
             self._stop(_FORCE_WITHIN, force=True)

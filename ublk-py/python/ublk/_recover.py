@@ -22,7 +22,7 @@ class _Recovered(Device):
         super().__init__(backend, **options)
 
     def _launch(self) -> _native.Device:
-        return self._spec.recover(self._number)
+        return self._spec.recover(self._number, self._starting)
 
 
 def recover(

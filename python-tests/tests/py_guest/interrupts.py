@@ -1,0 +1,289 @@
+"""Ctrl-C, and other signals, while a call of the package waits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import ublk
+from tests.py_guest.disks import (
+    BLOCK,
+    MIB,
+    SCALE,
+    Gate,
+    Ram,
+    error_of,
+    gone,
+    has,
+    opened,
+    raised,
+    read,
+    read_at,
+    read_error,
+    until,
+)
+from ublk_rig.pyguest import limit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# What "at once" is, where the calls would wait for a minute.
+AT_ONCE = 4 * SCALE
+
+
+@contextlib.contextmanager
+def interrupted(when: Callable[[], object], *, seconds: float = AT_ONCE) -> Iterator[None]:
+    """Sends this process SIGINT as soon as `when` returns; what is inside is to end at once after that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sent: list[float] = []
+
+    def send() -> None:
+        when()
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        yield
+        if sent:
+            assert time.monotonic() - sent[0] < seconds, "it took its time"
+    finally:
+        thread.join()
+    assert sent
+
+
+class Held:
+    """A raw backend that answers nothing while it is told so."""
+
+    size = MIB
+
+    def __init__(self) -> None:
+        self.closed = True
+        self.arrived = threading.Event()
+        self.requests: list[ublk.Request] = []
+
+    def handle(self, request: ublk.Request) -> None:
+        """Keeps it."""
+        if self.closed:
+            self.requests.append(request)
+            self.arrived.set()
+        else:
+            request.complete()
+
+
+ZONED = ublk.Zoned(zone_size=MIB)
+
+
+class HeldZones:
+    """A zoned disk that is not described while it is told so: START waits for that, on every kernel."""
+
+    size = 4 * MIB
+
+    def __init__(self) -> None:
+        self.arrived = threading.Event()
+        self.go = threading.Event()
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Zeroes."""
+
+    def pwrite(self, buf: memoryview, offset: int) -> None:
+        """Nothing."""
+
+    def zone(self, action: str, offset: int) -> None:
+        """Nothing."""
+
+    def append(self, buf: memoryview, zone: int) -> int:
+        """At the start."""
+        return zone
+
+    def report_zones(self, offset: int, count: int) -> list[ublk.Zone]:
+        """Waits."""
+        self.arrived.set()
+        self.go.wait(60)
+        starts = range(offset, min(offset + count * MIB, self.size), MIB)
+        return [ublk.Zone(start=at, length=MIB, capacity=MIB, write_pointer=at) for at in starts]
+
+
+class HeldZonesByLoop(HeldZones):
+    """The same on a loop."""
+
+    async def report_zones(self, offset: int, count: int) -> list[ublk.Zone]:  # type: ignore[override]
+        """Waits for what does not come."""
+        self.arrived.set()
+        while not self.go.is_set():
+            await asyncio.sleep(0.01)
+        return []
+
+
+def _closed_gate() -> Gate:
+    gate = Gate()
+    gate.closed = True
+    return gate
+
+
+@limit(60)
+def test_ctrl_c_in_a_start_takes_down_what_has_come_up() -> None:
+    # Up to Linux 6.18 START waits for the kernel's look for partitions, and that for the read that these hold; later
+    # ones look when it has returned. It waits for the zones of a zoned disk in each case.
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (HeldZones(), {"threads": 2, "zoned": ZONED}),
+        (HeldZonesByLoop(), {"zoned": ZONED}),
+        (HeldZones(), {"threads": 1, "zoned": ZONED, "workers": ublk.Workers(1)}),
+    ]
+    if not has("NO_AUTO_PART_SCAN"):
+        cases += [(Held(), {}), (_closed_gate(), {"threads": 1}), (Held(), {"workers": ublk.Workers(1)})]
+    for backend, options in cases:
+        device = ublk.Device(backend, start_timeout=60, **options)
+        with interrupted(lambda backend=backend: backend.arrived.wait(60)):
+            raised(KeyboardInterrupt, device.start)
+        # At once: nothing is left to be waited for.
+        assert ublk.list() == []
+        assert not [name for name in os.listdir("/dev") if name.startswith("ublk") and name != "ublk-control"]
+        assert device.state == "stopped"
+        raised(ublk.StateError, device.start)
+        raised(ublk.StateError, lambda device=device: device.path)
+        if not isinstance(backend, Held):
+            backend.go.set()
+        else:
+            for request in backend.requests:
+                raised(ublk.GoneError, request.complete)
+
+
+@limit(60)
+def test_ctrl_c_in_a_start_whose_worker_is_stuck_in_the_backend() -> None:
+    backend = HeldZones()
+    device = ublk.Device(backend, start_timeout=60, zoned=ZONED)
+    with interrupted(lambda: backend.arrived.wait(60), seconds=9 * SCALE):
+        raised(KeyboardInterrupt, device.start)
+    # Its ring was taken from the worker, which nothing can end.
+    assert ublk.list() == []
+    backend.go.set()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_what_the_first_one_ended() -> None:
+    backend = HeldZones()
+    device = ublk.Device(backend, start_timeout=60, zoned=ZONED)
+
+    def first() -> None:
+        backend.arrived.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+        # The stuck worker is given a second.
+        time.sleep(0.1)
+
+    with interrupted(first, seconds=SCALE):
+        raised(KeyboardInterrupt, device.start)
+    backend.go.set()
+    until(lambda: not ublk.list())
+
+
+def test_handlers_that_do_not_raise_let_the_call_go_on() -> None:
+    backend = HeldZones()
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _frame: seen.append(number))
+    device = ublk.Device(backend, start_timeout=60, zoned=ZONED)
+
+    def handled() -> None:
+        backend.arrived.wait(60)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        # While start() waits, and not when it returns.
+        until(lambda: seen)
+        backend.go.set()
+
+    thread = threading.Thread(target=handled)
+    thread.start()
+    with device:
+        assert seen == [signal.SIGUSR1]
+        thread.join()
+        assert read_error(device.path) is None
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_ctrl_c_in_a_stop_leaves_a_disk_that_is_in_use() -> None:
+    with ublk.Device(Ram()) as device:
+        with opened(device.path) as fd:
+            began = time.monotonic()
+            with interrupted(lambda: until(lambda: time.monotonic() > began + 0.2)):
+                raised(KeyboardInterrupt, lambda: device.stop(60))
+            assert device.state == "live"
+            assert read_at(fd, 0) == bytes(BLOCK)
+        read(device.path)
+        device.stop(60)
+        gone(device)
+        assert device.state == "stopped"
+
+
+@limit(60)
+def test_ctrl_c_in_a_stop_that_waits_for_the_backend_ends_it() -> None:
+    for backend, options in ((Held(), {}), (_closed_gate(), {"threads": 1})):
+        backend.closed = False  # type: ignore[attr-defined]
+        device = ublk.Device(backend, **options).start()  # type: ignore[arg-type]
+        backend.closed = True  # type: ignore[attr-defined]
+        backend.arrived.clear()  # type: ignore[attr-defined]
+        errors: list[str | None] = []
+        client = threading.Thread(target=lambda device=device: errors.append(read_error(device.path)))
+        client.start()
+        backend.arrived.wait(60)  # type: ignore[attr-defined]
+        began = time.monotonic()
+        with interrupted(lambda began=began: until(lambda: time.monotonic() > began + 0.2)):
+            raised(KeyboardInterrupt, lambda device=device: device.stop_force(60))
+        client.join()
+        assert errors == ["EIO"]
+        # It was stopped and deleted, and knows.
+        assert device.state == "stopped"
+        gone(device)
+        assert device.stats().total.revoked >= 1
+        device.stop()
+        if isinstance(backend, Gate):
+            backend.go.set()
+
+
+def test_ctrl_c_while_leaving_with_takes_the_disk_from_its_users() -> None:
+    device = ublk.Device(Ram(), stop_timeout=60)
+
+    def use() -> None:
+        with device:
+            fds.append(os.open(device.path, os.O_RDONLY | os.O_DIRECT))
+            began.append(time.monotonic())
+
+    fds: list[int] = []
+    began: list[float] = []
+    with interrupted(lambda: until(lambda: began and time.monotonic() > began[0] + 0.2)):
+        raised(KeyboardInterrupt, use)
+    assert device.state == "stopped"
+    assert error_of(lambda: read_at(fds[0], 0)) is not None or read_at(fds[0], 0) == b""
+    os.close(fds[0])
+    until(lambda: not ublk.list())
+
+
+def test_a_cancelled_start_and_a_cancelled_stop_do_not_wait() -> None:
+    async def main() -> None:
+        for backend, options in ((HeldZones(), {"threads": 1}), (HeldZonesByLoop(), {})):
+            began = time.monotonic()
+            device = ublk.Device(backend, zoned=ZONED, start_timeout=60, **options)  # type: ignore[arg-type]
+            start = asyncio.create_task(device.start_async())
+            await asyncio.to_thread(backend.arrived.wait, 60)
+            start.cancel()
+            result = (await asyncio.gather(start, return_exceptions=True))[0]
+            assert isinstance(result, asyncio.CancelledError), result
+            assert time.monotonic() - began < AT_ONCE
+            assert ublk.list() == []
+            backend.go.set()
+        async with ublk.Device(Ram()) as device:
+            with opened(device.path, os.O_RDONLY):
+                began = time.monotonic()
+                raised_it: list[BaseException] = []
+                try:
+                    await asyncio.wait_for(device.stop_async(60), 0.2)
+                except TimeoutError as error:
+                    raised_it.append(error)
+                assert raised_it
+                assert time.monotonic() - began < AT_ONCE
+                assert device.state == "live"
+
+    asyncio.run(main())
