@@ -125,6 +125,9 @@ def _child(test: Callable[[], None], seconds: float) -> int:
         return 0
     except BaseException as error:  # noqa: BLE001  # this is what tests end with
         told = traceback.TracebackException.from_exception(error, capture_locals=True)
+        for frame in told.stack:
+            # Disks are large.
+            frame.locals = {name: text[:300] for name, text in (frame.locals or {}).items()}
         print("".join(told.format())[-20000:])
         return 1
     if left := _left_behind():

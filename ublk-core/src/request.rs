@@ -104,6 +104,12 @@ impl RequestFlags {
         self.0 & uapi::UBLK_IO_F_FUA != 0
     }
 
+    /// The same, and FUA: for calls of a [`Backend`](crate::Backend) by another one.
+    #[must_use]
+    pub fn with_fua(self) -> Self {
+        RequestFlags(self.0 | uapi::UBLK_IO_F_FUA)
+    }
+
     /// A write of zeroes that must not deallocate the range.
     pub fn no_unmap(self) -> bool {
         self.0 & uapi::UBLK_IO_F_NOUNMAP != 0

@@ -1,8 +1,10 @@
 //! Ready-made backends that misbehave on purpose: rules before another one, and a cache whose power can be cut.
 
 use std::ops::Range;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -10,7 +12,8 @@ use ublk_core::targets::{self as core, Action, Faults, OnWorker, Power, Rule, Ru
 use ublk_core::{Builder, Errno, Op};
 
 use crate::errors::OrRaise;
-use crate::targets::{File, Mem, Null, Stripe, parse_size};
+use crate::targets::{self, File, Mem, Null, Stripe, parse_bytes};
+use crate::wrapped::Wrapped;
 
 /// What the rules come before.
 #[derive(Clone)]
@@ -19,7 +22,7 @@ enum Behind {
     Mem(core::Fault<OnWorker<core::Mem>>),
     File(core::Fault<core::File>),
     Stripe(core::Fault<core::Stripe>),
-    Cache(core::Fault<OnWorker<core::WriteCache<core::Mem>>>),
+    Cache(core::Fault<OnWorker<core::WriteCache<Arc<Wrapped>>>>),
 }
 
 /// Another ready-made backend, and rules that come before it: requests fail, are late, hang or get lost. For tests of what
@@ -40,6 +43,7 @@ enum Behind {
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Fault {
     behind: Behind,
+    calls: Wrapped,
     faults: Faults,
     /// The rules by the numbers that Python has for them.
     rules: std::sync::Mutex<Vec<RuleId>>,
@@ -76,13 +80,11 @@ fn delay_of(value: Option<&Bound<'_, PyAny>>) -> PyResult<Action> {
 
 impl Fault {
     pub(crate) fn size(&self) -> Option<u64> {
-        Some(match &self.behind {
-            Behind::Null(_) => return None,
-            Behind::Mem(fault) => fault.inner().0.size(),
-            Behind::File(fault) => fault.inner().size(),
-            Behind::Stripe(fault) => fault.inner().size(),
-            Behind::Cache(fault) => fault.inner().0.inner().size(),
-        })
+        self.calls.size()
+    }
+
+    pub(crate) fn calls(&self) -> Wrapped {
+        self.calls.clone()
     }
 
     /// `size` is the own one, if there is one.
@@ -92,7 +94,7 @@ impl Fault {
             Behind::Mem(fault) => fault.builder(),
             Behind::File(fault) => fault.builder(),
             Behind::Stripe(fault) => fault.builder(),
-            Behind::Cache(fault) => Builder::new_async(size, fault),
+            Behind::Cache(fault) => blocks(Builder::new_async(size, fault), &self.calls),
         }
     }
 
@@ -105,6 +107,7 @@ impl Fault {
 impl Fault {
     #[new]
     fn new(backend: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let calls = calls_of(backend)?;
         let behind = if backend.is_instance_of::<Null>() {
             Behind::Null(core::Fault::new(OnWorker(core::Null::new())))
         } else if let Ok(mem) = backend.cast::<Mem>() {
@@ -116,19 +119,20 @@ impl Fault {
         } else if let Ok(cache) = backend.cast::<WriteCache>() {
             Behind::Cache(core::Fault::new(OnWorker(cache.get().cache.clone())))
         } else {
-            return Err(PyTypeError::new_err(format!(
-                "Fault wraps Null, Mem, File, Stripe or WriteCache, not {}; a backend in Python can raise by itself",
-                backend.get_type()
-            )));
+            return Err(PyTypeError::new_err(
+                "Fault wraps Null, Mem, File, Stripe or WriteCache, not another Fault: one takes any number of rules",
+            ));
         };
-        let faults = match &behind {
-            Behind::Null(fault) => fault.faults(),
-            Behind::Mem(fault) => fault.faults(),
-            Behind::File(fault) => fault.faults(),
-            Behind::Stripe(fault) => fault.faults(),
-            Behind::Cache(fault) => fault.faults(),
+        // The same rules hold on both ways to the backend.
+        let (faults, calls) = match &behind {
+            Behind::Null(fault) => (fault.faults(), fault.beside(calls)),
+            Behind::Mem(fault) => (fault.faults(), fault.beside(calls)),
+            Behind::File(fault) => (fault.faults(), fault.beside(calls)),
+            Behind::Stripe(fault) => (fault.faults(), fault.beside(calls)),
+            Behind::Cache(fault) => (fault.faults(), fault.beside(calls)),
         };
-        Ok(Fault { behind, faults, rules: std::sync::Mutex::default() })
+        let calls = Wrapped::Fault(Arc::new(calls));
+        Ok(Fault { behind, calls, faults, rules: std::sync::Mutex::default() })
     }
 
     /// Bytes of the disk; None of a `Null`.
@@ -272,8 +276,19 @@ impl Fault {
     /// (True, 1)
     #[pyo3(signature = (count=1, timeout=30.0))]
     fn wait_held(&self, py: Python<'_>, count: usize, timeout: f64) -> PyResult<bool> {
-        let timeout = seconds(timeout)?;
-        Ok(py.detach(|| self.faults.wait_held(count, timeout)))
+        const STEP: Duration = Duration::from_millis(100);
+        let end = Instant::now() + seconds(timeout)?.min(Duration::from_secs(1 << 30));
+        // In steps, as no signal ends one.
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if py.detach(|| self.faults.wait_held(count, left.min(STEP))) {
+                return Ok(true);
+            }
+            py.check_signals()?;
+            if left <= STEP {
+                return Ok(false);
+            }
+        }
     }
 
     /// What has been done so far: ``errors``, ``delays``, ``delayed`` (seconds), ``drops``, ``holds``, ``panics``.
@@ -292,13 +307,126 @@ impl Fault {
         dict.set_item("panics", injected.panics)?;
         Ok(dict)
     }
+
+    /// Fills ``buf`` from byte ``offset`` of the disk, if no rule has something else in mind: delays and ``hold`` block the caller.
+    ///
+    /// Raises:
+    ///     OSError: What a rule says, or the backend behind.
+    ///
+    /// >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(b"data")
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        targets::pread(py, &self.calls, &buf, offset)
+    }
+
+    /// Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+    ///
+    /// Raises:
+    ///     OSError: What a rule says, or the backend behind.
+    ///
+    /// >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+    /// >>> disk.pread(buf, 512)
+    /// >>> buf
+    /// bytearray(b'data')
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(
+        &self,
+        py: Python<'_>,
+        buf: PyBuffer<u8>,
+        offset: u64,
+        flags: u8,
+    ) -> PyResult<()> {
+        targets::pwrite(py, &self.calls, &buf, offset, flags)
+    }
+
+    /// Makes durable what was written.
+    ///
+    /// Raises:
+    ///     OSError: What a rule says, or the backend behind.
+    ///
+    /// >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+    /// >>> disk.flush()
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        targets::flush(py, &self.calls)
+    }
+
+    /// Forgets a range. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What a rule says, or the backend behind.
+    ///
+    /// >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+    /// >>> disk.trim(4096, 0)
+    fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        targets::trim(py, &self.calls, count, offset)
+    }
+
+    /// Makes a range read as zeroes. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What a rule says, or the backend behind.
+    ///
+    /// >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 0)
+    /// >>> disk.zero(2, 0)
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00ta')
+    fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        targets::zero(py, &self.calls, count, offset)
+    }
+
+    fn __repr__(&self) -> String {
+        format!("<ublk.Fault with {} rules>", self.faults.rules().len())
+    }
 }
 
-/// A `Mem` behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
+/// The calls of a ready-made backend that can be behind another.
+fn calls_of(backend: &Bound<'_, PyAny>) -> PyResult<Wrapped> {
+    if backend.is_instance_of::<Null>() {
+        return Ok(Wrapped::Null);
+    }
+    if let Ok(mem) = backend.cast::<Mem>() {
+        return Ok(Wrapped::Mem(mem.get().inner()));
+    }
+    if let Ok(file) = backend.cast::<File>() {
+        return Ok(file.get().calls());
+    }
+    if let Ok(stripe) = backend.cast::<Stripe>() {
+        return Ok(stripe.get().calls());
+    }
+    if let Ok(fault) = backend.cast::<Fault>() {
+        return Ok(fault.get().calls());
+    }
+    if let Ok(cache) = backend.cast::<WriteCache>() {
+        return Ok(cache.get().calls.clone());
+    }
+    Err(PyTypeError::new_err(format!(
+        "{} cannot be behind another backend; one in Python can wrap this one, and raise by itself",
+        backend.get_type()
+    )))
+}
+
+/// The blocks of what is behind.
+fn blocks(builder: Builder, calls: &Wrapped) -> Builder {
+    let block = calls.block();
+    builder.logical_block_size(block).physical_block_size(block.max(4096))
+}
+
+/// Another ready-made backend behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
 ///
 /// Args:
-///     backend: What is behind it.
+///     backend: What is behind it: `Mem`, `File`, `Stripe` or `Fault`, the latter for errors when the cache is written back.
 ///     capacity: Bytes that the cache holds; when it is full, all is passed on. Default 256 MiB.
+///
+/// Raises:
+///     ValueError: The files behind it are opened with ``direct=True``.
 ///
 /// >>> import ublk
 /// >>> cache = ublk.WriteCache(ublk.Mem("1MiB"))
@@ -310,8 +438,16 @@ impl Fault {
 /// 0
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct WriteCache {
-    pub(crate) cache: core::WriteCache<core::Mem>,
+    pub(crate) cache: core::WriteCache<Arc<Wrapped>>,
+    calls: Wrapped,
+    size: u64,
     power: Power,
+}
+
+impl WriteCache {
+    pub(crate) fn builder(&self) -> Builder {
+        blocks(Builder::new(self.size, self.cache.clone()), &self.calls)
+    }
 }
 
 #[pymethods]
@@ -320,15 +456,25 @@ impl WriteCache {
     #[pyo3(signature = (backend, *, capacity=None))]
     fn new(
         py: Python<'_>,
-        backend: &Bound<'_, Mem>,
+        backend: &Bound<'_, PyAny>,
         capacity: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let mem = backend.get().inner();
-        let cache = match capacity {
-            Some(capacity) => core::WriteCache::with_capacity(mem, parse_size(py, &capacity)?),
-            None => core::WriteCache::new(mem),
+        let behind = calls_of(backend)?;
+        let Some(size) = behind.size() else {
+            return Err(PyTypeError::new_err("WriteCache wraps a backend with contents, not a Null"));
         };
-        Ok(WriteCache { power: cache.power(), cache })
+        if behind.is_direct() {
+            return Err(PyValueError::new_err(
+                "direct=True: a WriteCache passes sectors on, which direct I/O does not take",
+            ));
+        }
+        let behind = Arc::new(behind);
+        let cache = match capacity {
+            Some(capacity) => core::WriteCache::with_capacity(behind, parse_bytes(py, "capacity", &capacity)?),
+            None => core::WriteCache::new(behind),
+        };
+        let calls = Wrapped::Cache(cache.clone());
+        Ok(WriteCache { power: cache.power(), cache, calls, size })
     }
 
     /// Bytes of the disk.
@@ -337,7 +483,7 @@ impl WriteCache {
     /// 1048576
     #[getter]
     pub(crate) fn size(&self) -> u64 {
-        self.cache.inner().size()
+        self.size
     }
 
     /// Cuts the power: what is not durable is lost, and requests fail with EIO until `restore`. Returns the bytes lost.
@@ -390,7 +536,81 @@ impl WriteCache {
         py.detach(|| self.power.unflushed())
     }
 
+    /// Fills ``buf`` from byte ``offset`` of the disk.
+    ///
+    /// Raises:
+    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///
+    /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(b"data")
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        targets::pread(py, &self.calls, &buf, offset)
+    }
+
+    /// Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+    ///
+    /// Raises:
+    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///
+    /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+    /// >>> disk.pread(buf, 512)
+    /// >>> buf
+    /// bytearray(b'data')
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(
+        &self,
+        py: Python<'_>,
+        buf: PyBuffer<u8>,
+        offset: u64,
+        flags: u8,
+    ) -> PyResult<()> {
+        targets::pwrite(py, &self.calls, &buf, offset, flags)
+    }
+
+    /// Makes durable what was written.
+    ///
+    /// Raises:
+    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///
+    /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+    /// >>> disk.flush()
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        targets::flush(py, &self.calls)
+    }
+
+    /// Forgets a range. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///
+    /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+    /// >>> disk.trim(4096, 0)
+    fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        targets::trim(py, &self.calls, count, offset)
+    }
+
+    /// Makes a range read as zeroes. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///
+    /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 0)
+    /// >>> disk.zero(2, 0)
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00ta')
+    fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        targets::zero(py, &self.calls, count, offset)
+    }
+
     fn __repr__(&self) -> String {
-        format!("ublk.WriteCache(ublk.Mem({}))", self.size())
+        format!("<ublk.WriteCache of {} bytes>", self.size)
     }
 }

@@ -6,7 +6,7 @@
 //!   loop, or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
-//! * [`options`], [`device`], [`targets`], [`faults`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`options`], [`device`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
 //! * [`interrupt`] has calls that wait end with Ctrl-C;
 //! * [`errors`] and [`log`] bring errors and messages over, [`words`] has them name what Python has.
 
@@ -27,6 +27,7 @@ mod serve;
 mod stats;
 mod targets;
 mod words;
+mod wrapped;
 
 use pyo3::prelude::*;
 

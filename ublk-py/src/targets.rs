@@ -1,11 +1,10 @@
 //! The ready-made backends: served by Rust alone, and callable from Python backends that wrap them.
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::{PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use ublk_core::targets as core;
 use ublk_core::{Backend, Builder, RequestFlags};
@@ -13,6 +12,7 @@ use ublk_core::{Backend, Builder, RequestFlags};
 use crate::device::io_error;
 use crate::errors::OrRaise;
 use crate::faults::{Fault, WriteCache};
+use crate::wrapped::{Aligned, Wrapped};
 
 /// A device of a ready-made backend, of its own size unless it has none.
 pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyResult<Builder> {
@@ -50,7 +50,7 @@ pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyRes
     }
     if let Ok(cache) = backend.cast::<WriteCache>() {
         fits(cache.get().size())?;
-        return Ok(Builder::new(cache.get().size(), cache.get().cache.clone()));
+        return Ok(cache.get().builder());
     }
     Err(PyTypeError::new_err(format!("{} is no backend", backend.get_type())))
 }
@@ -58,6 +58,17 @@ pub(crate) fn ready_made(backend: &Bound<'_, PyAny>, size: Option<u64>) -> PyRes
 /// Bytes of a size as Python code writes it: an int, or a string like "10GiB".
 pub(crate) fn parse_size(py: Python<'_>, size: &Bound<'_, PyAny>) -> PyResult<u64> {
     py.import("ublk._size")?.call_method1("parse_size", (size,))?.extract()
+}
+
+/// The same for an argument of another name, which is what an error is to speak of.
+pub(crate) fn parse_bytes(py: Python<'_>, name: &str, value: &Bound<'_, PyAny>) -> PyResult<u64> {
+    parse_size(py, value).map_err(|error| {
+        let text = error.value(py).to_string();
+        match text.strip_prefix("size=") {
+            Some(rest) => PyErr::from_type(error.get_type(py), format!("{name}={rest}")),
+            None => error,
+        }
+    })
 }
 
 /// The bytes of a buffer, copied: other threads may be writing to it.
@@ -78,30 +89,67 @@ fn fill(
     buffer.copy_from_slice(py, memory.data())
 }
 
+/// The method of that name, of a backend that is wrapped. Whatever it waits for, others go on meanwhile.
+pub(crate) fn pread(
+    py: Python<'_>,
+    calls: &Wrapped,
+    buf: &PyBuffer<u8>,
+    offset: u64,
+) -> PyResult<()> {
+    let mut memory = Aligned::new(buf.item_count());
+    called(py, || calls.read(memory.data(), offset))?;
+    buf.copy_from_slice(py, memory.data())
+}
+
+pub(crate) fn pwrite(
+    py: Python<'_>,
+    calls: &Wrapped,
+    buf: &PyBuffer<u8>,
+    offset: u64,
+    flags: u8,
+) -> PyResult<()> {
+    let mut data = bytes(py, buf)?;
+    let fua = flags & FUA != 0;
+    let flags = RequestFlags::default();
+    let flags = if fua { flags.with_fua() } else { flags };
+    called(py, || calls.write(data.data(), offset, flags)).map(drop)
+}
+
+/// `ublk.Flags.FUA`.
+const FUA: u8 = 1;
+
+pub(crate) fn flush(py: Python<'_>, calls: &Wrapped) -> PyResult<()> {
+    called(py, || calls.flush())
+}
+
+pub(crate) fn trim(py: Python<'_>, calls: &Wrapped, count: u64, offset: u64) -> PyResult<()> {
+    called(py, || calls.discard(offset, count))
+}
+
+pub(crate) fn zero(py: Python<'_>, calls: &Wrapped, count: u64, offset: u64) -> PyResult<()> {
+    called(py, || calls.write_zeroes(offset, count, RequestFlags::default()))
+}
+
+/// A panic by rule is a mistake of the backend's, and not the end of the interpreter's business with it.
+fn called<T: Send>(
+    py: Python<'_>,
+    call: impl FnOnce() -> std::io::Result<T> + Send,
+) -> PyResult<T> {
+    let call = AssertUnwindSafe(call);
+    match py.detach(|| catch_unwind(call)) {
+        Ok(done) => done.map_err(|e| io_error(&e)),
+        Err(panic) => Err(PyRuntimeError::new_err(match panic.downcast_ref::<String>() {
+            Some(text) => text.clone(),
+            None => "the backend panicked".to_owned(),
+        })),
+    }
+}
+
 fn sync_policy(name: &str) -> PyResult<core::SyncPolicy> {
     match name {
         "flush" => Ok(core::SyncPolicy::OnFlush),
         "write" => Ok(core::SyncPolicy::EveryWrite),
         other => Err(PyValueError::new_err(format!("sync={other:?}: \"flush\" or \"write\""))),
-    }
-}
-
-/// Memory that direct I/O takes.
-struct Aligned {
-    memory: Vec<u8>,
-    len: usize,
-}
-
-impl Aligned {
-    const ALIGNMENT: usize = 4096;
-
-    fn new(len: usize) -> Self {
-        Aligned { memory: vec![0; len + Self::ALIGNMENT], len }
-    }
-
-    fn data(&mut self) -> &mut [u8] {
-        let start = self.memory.as_ptr().align_offset(Self::ALIGNMENT);
-        &mut self.memory[start..][..self.len]
     }
 }
 
@@ -135,8 +183,9 @@ impl Null {
     /// Forgets ``buf``.
     ///
     /// >>> ublk.Null().pwrite(b"data", 0)
-    fn pwrite(&self, buf: PyBuffer<u8>, offset: u64) {
-        let _ = (buf, offset);
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(&self, buf: PyBuffer<u8>, offset: u64, flags: u8) {
+        let _ = (buf, offset, flags);
     }
 
     /// Does nothing.
@@ -244,7 +293,16 @@ impl Mem {
     /// >>> mem.pread(buf, 512)
     /// >>> buf
     /// bytearray(b'data')
-    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(
+        &self,
+        py: Python<'_>,
+        buf: PyBuffer<u8>,
+        offset: u64,
+        flags: u8,
+    ) -> PyResult<()> {
+        // Memory is as durable as it gets.
+        let _ = flags;
         let mut data = bytes(py, &buf)?;
         py.detach(|| self.0.write_at(data.data(), offset)).map_err(|e| io_error(&e))
     }
@@ -312,12 +370,16 @@ impl Mem {
 pub(crate) struct File {
     inner: core::File,
     path: PathBuf,
-    file: std::fs::File,
+    calls: Wrapped,
 }
 
 impl File {
     pub(crate) fn inner(&self) -> core::File {
         self.inner.clone()
+    }
+
+    pub(crate) fn calls(&self) -> Wrapped {
+        self.calls.clone()
     }
 }
 
@@ -336,15 +398,15 @@ impl File {
     ) -> PyResult<Self> {
         let mut options = core::File::options().direct(direct).read_only(read_only);
         if let Some(size) = create {
-            options = options.create(parse_size(py, &size)?);
+            options = options.create(parse_bytes(py, "create", &size)?);
         }
         if let Some(bytes) = block_size {
             options = options.logical_block_size(bytes);
         }
         options = options.sync(sync_policy(sync)?);
         let inner = py.detach(|| options.open(&path)).or_raise(py)?;
-        let file = std::fs::File::from(inner.as_fd().try_clone_to_owned()?);
-        Ok(File { inner, path, file })
+        let calls = Wrapped::file(&inner)?;
+        Ok(File { inner, path, calls })
     }
 
     /// Bytes of the file when it was opened.
@@ -383,10 +445,10 @@ impl File {
     /// >>> buf
     /// bytearray(b'\x00\x00\x00\x00')
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
-        fill(py, &buf, |data| self.file.read_exact_at(data, offset))
+        pread(py, &self.calls, &buf, offset)
     }
 
-    /// Stores ``buf`` from byte ``offset`` of the file.
+    /// Stores ``buf`` from byte ``offset`` of the file; with ``ublk.Flags.FUA`` it is durable then.
     ///
     /// Raises:
     ///     OSError: What ``pwrite(2)`` says.
@@ -398,9 +460,15 @@ impl File {
     /// >>> file.pread(buf, 512)
     /// >>> buf
     /// bytearray(b'data')
-    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
-        let mut data = bytes(py, &buf)?;
-        py.detach(|| self.file.write_all_at(data.data(), offset)).map_err(|e| io_error(&e))
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(
+        &self,
+        py: Python<'_>,
+        buf: PyBuffer<u8>,
+        offset: u64,
+        flags: u8,
+    ) -> PyResult<()> {
+        pwrite(py, &self.calls, &buf, offset, flags)
     }
 
     /// Makes durable what was written (``fdatasync(2)``).
@@ -413,7 +481,7 @@ impl File {
     /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
     /// >>> file.flush()
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.file.sync_data()).map_err(|e| io_error(&e))
+        flush(py, &self.calls)
     }
 
     /// Gives the space of a range back, which reads as zeroes then. Bytes.
@@ -426,7 +494,7 @@ impl File {
     /// >>> file, buf = ublk.File(folder + "/disk.img", create="1MiB"), bytearray(4)
     /// >>> file.trim(4096, 0)
     fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
-        py.detach(|| punch(&self.file, count, offset)).map_err(|e| io_error(&e))
+        trim(py, &self.calls, count, offset)
     }
 
     /// Makes a range read as zeroes: by a hole where the file system has them, otherwise by writing. Bytes.
@@ -443,43 +511,12 @@ impl File {
     /// >>> buf
     /// bytearray(b'\x00\x00ta')
     fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
-        let zeroed = py.detach(|| match punch(&self.file, count, offset) {
-            Err(e) if e.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                write_zeroes(&self.file, count, offset)
-            }
-            punched => punched,
-        });
-        zeroed.map_err(|e| io_error(&e))
+        zero(py, &self.calls, count, offset)
     }
 
     fn __repr__(&self) -> String {
         format!("ublk.File({:?})", self.path.display().to_string())
     }
-}
-
-/// Gives a range of a file back, which reads as zeroes then.
-fn punch(file: &std::fs::File, count: u64, offset: u64) -> std::io::Result<()> {
-    const MODE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    let range = (libc::off_t::try_from(offset), libc::off_t::try_from(count));
-    let (Ok(offset), Ok(count)) = range else {
-        return Err(std::io::Error::from_raw_os_error(libc::EINVAL));
-    };
-    // SAFETY: the descriptor is open, and there are no pointers.
-    match unsafe { libc::fallocate(file.as_raw_fd(), MODE, offset, count) } {
-        0 => Ok(()),
-        _ => Err(std::io::Error::last_os_error()),
-    }
-}
-
-fn write_zeroes(file: &std::fs::File, mut count: u64, mut offset: u64) -> std::io::Result<()> {
-    let mut zeroes = Aligned::new(64 << 10);
-    while count > 0 {
-        let part = count.min(64 << 10);
-        // At most 64 KiB.
-        file.write_all_at(&zeroes.data()[..part as usize], offset)?;
-        (count, offset) = (count - part, offset + part);
-    }
-    Ok(())
 }
 
 /// Several files or block devices as one disk (RAID 0), in turns of a chunk.
@@ -507,11 +544,16 @@ fn write_zeroes(file: &std::fs::File, mut count: u64, mut offset: u64) -> std::i
 #[pyclass(frozen, module = "ublk")]
 pub(crate) struct Stripe {
     inner: core::Stripe,
+    calls: Wrapped,
 }
 
 impl Stripe {
     pub(crate) fn inner(&self) -> core::Stripe {
         self.inner.clone()
+    }
+
+    pub(crate) fn calls(&self) -> Wrapped {
+        self.calls.clone()
     }
 }
 
@@ -533,16 +575,16 @@ impl Stripe {
         let mut options =
             core::Stripe::options().direct(direct).read_only(read_only).sync(sync_policy(sync)?);
         if let Some(chunk) = chunk {
-            options = options.chunk(parse_size(py, &chunk)?);
+            options = options.chunk(parse_bytes(py, "chunk", &chunk)?);
         }
         if let Some(size) = create {
-            options = options.create(parse_size(py, &size)?);
+            options = options.create(parse_bytes(py, "create", &size)?);
         }
         if let Some(bytes) = block_size {
             options = options.logical_block_size(bytes);
         }
         let inner = py.detach(|| options.open(&members)).or_raise(py)?;
-        Ok(Stripe { inner })
+        Ok(Stripe { calls: Wrapped::stripe(inner.clone())?, inner })
     }
 
     /// Bytes of the disk.
@@ -565,6 +607,90 @@ impl Stripe {
     #[getter]
     fn chunk(&self) -> u64 {
         self.inner.chunk()
+    }
+
+    /// Fills ``buf`` from byte ``offset`` of the disk.
+    ///
+    /// Raises:
+    ///     OSError: What the members' files say; EINVAL beyond the disk's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+    /// >>> buf = bytearray(b"data")
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00\x00\x00')
+    fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
+        pread(py, &self.calls, &buf, offset)
+    }
+
+    /// Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+    ///
+    /// Raises:
+    ///     OSError: What the members' files say; EINVAL beyond the disk's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+    /// >>> disk.pread(buf, 512)
+    /// >>> buf
+    /// bytearray(b'data')
+    #[pyo3(signature = (buf, offset, flags=0))]
+    fn pwrite(
+        &self,
+        py: Python<'_>,
+        buf: PyBuffer<u8>,
+        offset: u64,
+        flags: u8,
+    ) -> PyResult<()> {
+        pwrite(py, &self.calls, &buf, offset, flags)
+    }
+
+    /// Makes durable what was written.
+    ///
+    /// Raises:
+    ///     OSError: What the members' files say; EINVAL beyond the disk's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+    /// >>> disk.flush()
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        flush(py, &self.calls)
+    }
+
+    /// Forgets a range. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What the members' files say; EINVAL beyond the disk's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+    /// >>> disk.trim(4096, 0)
+    fn trim(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        trim(py, &self.calls, count, offset)
+    }
+
+    /// Makes a range read as zeroes. Bytes.
+    ///
+    /// Raises:
+    ///     OSError: What the members' files say; EINVAL beyond the disk's end.
+    ///
+    /// >>> import tempfile
+    /// >>> folder = tempfile.mkdtemp()
+    /// >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+    /// >>> buf = bytearray(4)
+    /// >>> disk.pwrite(b"data", 0)
+    /// >>> disk.zero(2, 0)
+    /// >>> disk.pread(buf, 0)
+    /// >>> buf
+    /// bytearray(b'\x00\x00ta')
+    fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
+        zero(py, &self.calls, count, offset)
     }
 
     fn __repr__(&self) -> String {
@@ -619,7 +745,7 @@ impl ZonedMem {
         if let Some(bytes) = max_append {
             options = options.max_append_bytes(bytes);
         }
-        let (size, zone_size) = (parse_size(py, size)?, parse_size(py, zone_size)?);
+        let (size, zone_size) = (parse_size(py, size)?, parse_bytes(py, "zone_size", zone_size)?);
         Ok(ZonedMem(options.create(size, zone_size).or_raise(py)?))
     }
 

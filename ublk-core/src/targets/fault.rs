@@ -63,6 +63,11 @@ impl<B> Fault<B> {
         Faults::new(&self.state)
     }
 
+    /// The same rules, and the same handles, before another backend: for the same disk by another way.
+    pub fn beside<C>(&self, backend: C) -> Fault<C> {
+        Fault { backend, state: Arc::clone(&self.state) }
+    }
+
     /// The backend without faults.
     pub fn inner(&self) -> &B {
         &self.backend

@@ -120,6 +120,28 @@ impl Stripe {
         self.chunk
     }
 
+    /// The members, in their order.
+    pub fn files(&self) -> &[File] {
+        &self.members
+    }
+
+    /// Where a range of the disk lies: for each part of it that is in one piece on a member, the member's number, the
+    /// byte there, and which bytes of the range. In the range's order.
+    pub fn pieces_of(
+        &self,
+        offset: u64,
+        len: u64,
+    ) -> impl Iterator<Item = (usize, u64, std::ops::Range<u64>)> {
+        self.layout.pieces(offset, len).map(|piece| (piece.member, piece.at, piece.range))
+    }
+
+    /// What a range of the disk comes to on each member that has some of it, which is one piece: the member's number,
+    /// the byte there, and how many bytes.
+    pub fn shares_of(&self, offset: u64, len: u64) -> impl Iterator<Item = (usize, u64, u64)> {
+        let shares = self.layout.shares(offset, len);
+        shares.into_iter().map(|share| (share.member, share.at, share.len))
+    }
+
     /// How many members there are.
     pub fn members(&self) -> usize {
         self.members.len()

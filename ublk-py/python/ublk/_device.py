@@ -82,7 +82,8 @@ class Device:
         zoned: The zones of a zoned disk, whose backend has the zone methods.
         data_path: How the data moves: see `DataPath`.
         recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
-        fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares.
+        fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares. Default 0; of a `Stripe`
+            what tells its members, their order and the chunks from others.
         id: The device's number, below 2**20. Default the lowest that is free.
         threads: Threads that call the methods of a synchronous backend, so that a slow call does not stall its
             queue: up to 1024. Default 0: each queue's worker calls them itself, one at a time.
@@ -136,7 +137,7 @@ class Device:
         zoned: Zoned | None = None,
         data_path: DataPath = "auto",
         recovery: Recovery | None = None,
-        fingerprint: int = 0,
+        fingerprint: int | None = None,
         id: int | None = None,  # noqa: A002  # the field's own name
         threads: int = 0,
         workers: Workers | None = None,
@@ -678,7 +679,7 @@ class Device:
     # Python's own.
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._phase == "live" else self.start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -687,7 +688,7 @@ class Device:
         self._leave(error)
 
     async def __aenter__(self) -> Self:
-        return await self.start_async()
+        return self if self._phase == "live" else await self.start_async()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -293,7 +293,7 @@ class Null:
         >>> buf
         bytearray(b'\x00\x00\x00\x00')
         """
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
         """Forgets ``buf``.
 
         >>> ublk.Null().pwrite(b"data", 0)
@@ -368,7 +368,7 @@ class Mem:
         >>> buf
         bytearray(b'\x00\x00\x00\x00')
         """
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
         """Stores ``buf`` from byte ``offset`` on.
 
         Raises:
@@ -478,8 +478,8 @@ class File:
         >>> buf
         bytearray(b'\x00\x00\x00\x00')
         """
-    def pwrite(self, buf: ReadableBuffer, offset: int) -> None:
-        """Stores ``buf`` from byte ``offset`` of the file.
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
+        """Stores ``buf`` from byte ``offset`` of the file; with ``ublk.Flags.FUA`` it is durable then.
 
         Raises:
             OSError: What ``pwrite(2)`` says.
@@ -584,6 +584,73 @@ class Stripe:
         >>> folder = tempfile.mkdtemp()
         >>> ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB", chunk="64KiB").chunk
         65536
+        """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` of the disk.
+
+        Raises:
+            OSError: What the members' files say; EINVAL beyond the disk's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+        >>> buf = bytearray(b"data")
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
+        """Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+
+        Raises:
+            OSError: What the members' files say; EINVAL beyond the disk's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+        >>> disk.pread(buf, 512)
+        >>> buf
+        bytearray(b'data')
+        """
+    def flush(self) -> None:
+        """Makes durable what was written.
+
+        Raises:
+            OSError: What the members' files say; EINVAL beyond the disk's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+        >>> disk.flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Forgets a range. Bytes.
+
+        Raises:
+            OSError: What the members' files say; EINVAL beyond the disk's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+        >>> disk.trim(4096, 0)
+        """
+    def zero(self, count: int, offset: int) -> None:
+        r"""Makes a range read as zeroes. Bytes.
+
+        Raises:
+            OSError: What the members' files say; EINVAL beyond the disk's end.
+
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> disk = ublk.Stripe([folder + "/a", folder + "/b"], create="64MiB")
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 0)
+        >>> disk.zero(2, 0)
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00ta')
         """
 
 @final
@@ -708,14 +775,74 @@ class Fault:
         >>> ublk.Fault(ublk.Mem("1MiB")).injected["errors"]
         0
         """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` of the disk, if no rule has something else in mind: delays and ``hold`` block the caller.
+
+        Raises:
+            OSError: What a rule says, or the backend behind.
+
+        >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+        >>> buf = bytearray(b"data")
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
+        """Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+
+        Raises:
+            OSError: What a rule says, or the backend behind.
+
+        >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+        >>> disk.pread(buf, 512)
+        >>> buf
+        bytearray(b'data')
+        """
+    def flush(self) -> None:
+        """Makes durable what was written.
+
+        Raises:
+            OSError: What a rule says, or the backend behind.
+
+        >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+        >>> disk.flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Forgets a range. Bytes.
+
+        Raises:
+            OSError: What a rule says, or the backend behind.
+
+        >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+        >>> disk.trim(4096, 0)
+        """
+    def zero(self, count: int, offset: int) -> None:
+        r"""Makes a range read as zeroes. Bytes.
+
+        Raises:
+            OSError: What a rule says, or the backend behind.
+
+        >>> disk = ublk.Fault(ublk.Mem("1MiB"))
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 0)
+        >>> disk.zero(2, 0)
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00ta')
+        """
 
 @final
 class WriteCache:
-    """A `Mem` behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
+    """Another ready-made backend behind a volatile write cache whose power can be cut: what was written since the last flush is lost then.
 
     Args:
-        backend: What is behind it.
+        backend: What is behind it: `Mem`, `File`, `Stripe` or `Fault`, the latter for errors when the cache is written back.
         capacity: Bytes that the cache holds; when it is full, all is passed on. Default 256 MiB.
+
+    Raises:
+        ValueError: The files behind it are opened with ``direct=True``.
 
     >>> import ublk
     >>> cache = ublk.WriteCache(ublk.Mem("1MiB"))
@@ -727,7 +854,7 @@ class WriteCache:
     0
     """
 
-    def __new__(cls, backend: Mem, *, capacity: _Size | None = None) -> WriteCache: ...
+    def __new__(cls, backend: Mem | File | Stripe | Fault | WriteCache, *, capacity: _Size | None = None) -> WriteCache: ...
     @property
     def size(self) -> int:
         """Bytes of the disk.
@@ -772,6 +899,63 @@ class WriteCache:
 
         >>> ublk.WriteCache(ublk.Mem("1MiB")).unflushed
         0
+        """
+    def pread(self, buf: ReadableBuffer, offset: int) -> None:
+        r"""Fills ``buf`` from byte ``offset`` of the disk.
+
+        Raises:
+            OSError: The power is off (EIO); or what the backend behind says.
+
+        >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> buf = bytearray(b"data")
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00\x00\x00')
+        """
+    def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
+        """Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
+
+        Raises:
+            OSError: The power is off (EIO); or what the backend behind says.
+
+        >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+        >>> disk.pread(buf, 512)
+        >>> buf
+        bytearray(b'data')
+        """
+    def flush(self) -> None:
+        """Makes durable what was written.
+
+        Raises:
+            OSError: The power is off (EIO); or what the backend behind says.
+
+        >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> disk.flush()
+        """
+    def trim(self, count: int, offset: int) -> None:
+        """Forgets a range. Bytes.
+
+        Raises:
+            OSError: The power is off (EIO); or what the backend behind says.
+
+        >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> disk.trim(4096, 0)
+        """
+    def zero(self, count: int, offset: int) -> None:
+        r"""Makes a range read as zeroes. Bytes.
+
+        Raises:
+            OSError: The power is off (EIO); or what the backend behind says.
+
+        >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
+        >>> buf = bytearray(4)
+        >>> disk.pwrite(b"data", 0)
+        >>> disk.zero(2, 0)
+        >>> disk.pread(buf, 0)
+        >>> buf
+        bytearray(b'\x00\x00ta')
         """
 
 @final
