@@ -77,3 +77,22 @@ def test_the_programs_of_the_tutorial_are_disks(guest: Guest, name: str, argumen
             guest.run(["umount", f"{work}/mnt"])
         guest.run(["e2fsck", "-fn", disk])
     guest.run(["rm", "-r", work])
+
+
+def test_errors_name_what_python_has() -> None:
+    """The library's errors speak of its builder's methods: the binding has a word of Python's for each."""
+    words = (layout.TREE / "ublk-py/src/words.rs").read_text()
+    said = {
+        literal
+        for source in sorted((layout.TREE / "ublk-core/src").rglob("*.rs"))
+        if not source.stem.endswith("_tests")
+        for line in source.read_text().partition("#[cfg(test)]")[0].splitlines()
+        if not line.lstrip().startswith("//")
+        for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', line)
+        if re.search(r"\b[A-Z]\w+::\w", literal) and "{" not in literal.partition("::")[0][-1:]
+    }
+    assert len(said) >= 6, said
+    for literal in said:
+        part = re.search(r"[\w().]*\b[A-Z]\w+::\w+\)?", literal)
+        assert part is not None
+        assert part[0] in words, literal

@@ -3,6 +3,10 @@
 /// What the library says, and what it is called in Python. The longer ones come first where one is in another.
 const WORDS: &[(&str, &str)] = &[
     ("use Builder::allow_many_unprivileged", "use allow_many_unprivileged=True"),
+    (
+        "make a device of your own: require(Features::UNPRIVILEGED_DEV)",
+        "make a device of your own: unprivileged=True",
+    ),
     ("is asked for by Builder::data_path", "is asked for by data_path="),
     ("ZONED is asked for by Builder::zoned", "ZONED is asked for by zoned="),
     (

@@ -12,7 +12,7 @@ import threading
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ublk
 from tests.py_guest.disks import (
@@ -33,6 +33,10 @@ from tests.py_guest.disks import (
     write,
     write_at,
 )
+
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def _nothing(buf: memoryview, offset: int) -> None:
@@ -454,6 +458,53 @@ def test_blocking_calls_from_handlers_are_refused() -> None:
         assert len(said) % 4 == 0, (kind, said)
         assert all(isinstance(error, ublk.StateError) for error in said), (kind, said)
         del backend.device
+
+
+def test_blocking_calls_from_another_devices_handler_on_the_same_worker_are_refused() -> None:
+    pool = ublk.Workers(1)
+    said: list[BaseException] = []
+
+    class Blocks(Ram):
+        calls: tuple[Callable[[], object], ...] = ()
+
+        def pread(self, buf: memoryview, offset: int) -> None:
+            for call in self.calls:
+                try:
+                    call()
+                except ublk.StateError as error:
+                    said.append(error)
+                else:
+                    said.append(AssertionError(call))
+
+    backend = Blocks()
+    with ublk.Device(Ram(), workers=pool) as other, ublk.Device(backend, workers=pool) as device:
+        third = ublk.Device(Ram(), workers=pool)
+        backend.calls = (
+            other.wait,
+            lambda: other.wait(1),
+            other.stop,
+            other.stop_force,
+            lambda: other.resize(2 * MIB),
+            # It would wait for a queue to be given to the very worker that is to take it.
+            third.start,
+        )
+        assert read_error(device.path) is None
+        calls, backend.calls = len(backend.calls), ()
+        assert said
+        assert len(said) % calls == 0
+        assert all(isinstance(error, ublk.StateError) for error in said), said
+        assert all("another thread" in "".join(getattr(error, "__notes__", [])) for error in said[:3]), said
+        assert (other.state, third.state) == ("live", "stopped")
+        assert read_error(other.path) is None
+    # A thread of its own is not the worker.
+    waited: list[bool] = []
+    backend = Blocks()
+    with ublk.Device(Ram(), workers=pool) as other, ublk.Device(backend, workers=pool, threads=1) as device:
+        backend.calls = (lambda: waited.append(other.wait(0.001)),)
+        assert read_error(device.path) is None
+        backend.calls = ()
+    assert waited
+    assert not any(waited)
 
 
 def test_wait_ends_with_the_device() -> None:

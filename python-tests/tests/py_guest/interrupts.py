@@ -182,6 +182,17 @@ def test_a_second_ctrl_c_does_not_wait_for_what_the_first_one_ended() -> None:
     until(lambda: not ublk.list())
 
 
+def test_a_start_that_takes_too_long_leaves_nothing() -> None:
+    for backend, options in ((HeldZones(), {"threads": 1}), (HeldZonesByLoop(), {}), (HeldZones(), {})):
+        began = time.monotonic()
+        device = ublk.Device(backend, start_timeout=0.5, zoned=ZONED, **options)  # type: ignore[arg-type]
+        raised(TimeoutError, device.start)
+        # A worker that is stuck in the backend is given two seconds, and START two.
+        assert 0.5 <= time.monotonic() - began < (8 * SCALE if "threads" not in options else 4 * SCALE)
+        assert ublk.list() == []
+        backend.go.set()
+
+
 def test_handlers_that_do_not_raise_let_the_call_go_on() -> None:
     backend = HeldZones()
     seen: list[int] = []

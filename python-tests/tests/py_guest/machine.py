@@ -76,6 +76,7 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
         until(lambda: ublk.list()[0].state == "quiesced")
         # Who describes another device is refused, and it stays.
         raised(ValueError, lambda: ublk.recover(3, OnFile(store), fingerprint=78), "fingerprint")
+        raised(ValueError, lambda: ublk.recover(3, OnFile(store), fingerprint=78), "force=True")
         raised(ValueError, lambda: ublk.recover(3, OnFile(store), fingerprint=77, size=2 * MIB))
         assert ublk.list()[0].state == "quiesced"
         waiting: list[bytes] = []
@@ -87,6 +88,19 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
         assert (device.id, device.state, device.size) == (3, "live", MIB)
         device.stop()
         gone(device)
+        # By force, whatever its fingerprint is.
+        pid = os.fork()
+        if pid == 0:
+            _device = ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1).start()
+            signal.pause()
+        until(lambda: [i for i in ublk.list() if i.id == 3 and i.state == "live"])
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        until(lambda: ublk.list()[0].state == "quiesced")
+        raised(ValueError, lambda: ublk.recover(3, OnFile(store), fingerprint=78), "fingerprint")
+        with ublk.recover(3, OnFile(store), fingerprint=78, force=True) as device:
+            assert device.info.fingerprint == 77
+            assert read("/dev/ublkb3", BLOCK) == b"1" * BLOCK
 
 
 class OnFile(Ram):

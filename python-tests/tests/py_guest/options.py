@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import threading
@@ -134,7 +135,8 @@ def test_data_paths() -> None:
 
 def test_require_prefer_forbid() -> None:
     # What a data path asks for is asked for by it.
-    raised(ValueError, lambda: ublk.Device(Ram(), require=["USER_COPY"]), "data_path")
+    error = raised(ValueError, lambda: ublk.Device(Ram(), require=["USER_COPY"]), "USER_COPY", "data_path=")
+    assert "::" not in str(error)
     with ublk.Device(Ram(), require=["URING_CMD_COMP_IN_TASK"]) as device:
         assert "URING_CMD_COMP_IN_TASK" in device.features
     with ublk.Device(Ram(), prefer=["USER_RECOVERY"], forbid={"USER_RECOVERY_REISSUE"}) as device:
@@ -299,11 +301,88 @@ def test_partitions_are_not_looked_for() -> None:
     assert not reads
 
 
-def test_unprivileged_devices() -> None:
+def test_descriptors_of_another_size() -> None:
+    if not has("IO_DESC_SIZE"):
+        raised(OSError, ublk.Device(Ram(), descriptor_size=64).start, "IO_DESC_SIZE", "7.3")
+        return
+
+    def mapped(**options: Any) -> int:
+        """Bytes of descriptors that are mapped."""
+        with ublk.Device(Ram(), depth=128, **options) as device:
+            write(device.path, BLOCK, b"d" * BLOCK)
+            assert read(device.path, BLOCK) == b"d" * BLOCK
+            assert ("IO_DESC_SIZE" in device.features) == bool(options)
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            ranges = [line.split()[0].split("-") for line in lines if line.endswith(f"/dev/ublkc{device.id}")]
+            return sum(int(end, 16) - int(start, 16) for start, end in ranges)
+
+    assert mapped() == 4096
+    assert mapped(descriptor_size=64) == 128 * 64
+    assert mapped(descriptor_size=256) == 128 * 256
+
+
+def test_unprivileged_devices_are_not_for_root() -> None:
     needs("UNPRIVILEGED_DEV")
-    # Root is not who they are for; docs/unprivileged.md is about those, and ublk-core's tests are.
+    # py_guest/unprivileged.py is about those whom they are for.
     error = raised(OSError, ublk.Device(Ram(), unprivileged=True).start, "CAP_SYS_ADMIN", "drop that capability")
     assert isinstance(error, OSError)
+
+
+# Which tests show what an option does: `module.function`, of this folder.
+SHOWN: dict[str, str] = {
+    "size": "contract.test_sizes",
+    "block_size": "options.test_sizes_of_blocks_and_requests",
+    "physical_block_size": "options.test_sizes_of_blocks_and_requests",
+    "io_min": "options.test_sizes_of_blocks_and_requests",
+    "io_opt": "options.test_sizes_of_blocks_and_requests",
+    "queues": "options.test_queues_depth_id_and_fingerprint",
+    "depth": "options.test_queues_depth_id_and_fingerprint",
+    "max_io_size": "options.test_sizes_of_blocks_and_requests",
+    "read_only": "options.test_sizes_of_blocks_and_requests",
+    "rotational": "options.test_sizes_of_blocks_and_requests",
+    "cache": "contract.test_what_a_backend_has_is_what_the_disk_advertises",
+    "fua": "contract.test_what_a_backend_has_is_what_the_disk_advertises",
+    "trim": "options.test_trim_and_zero_limits",
+    "trim_granularity": "options.test_trim_and_zero_limits",
+    "max_trim_size": "options.test_trim_and_zero_limits",
+    "zero": "options.test_trim_and_zero_limits",
+    "max_zero_size": "options.test_trim_and_zero_limits",
+    "zoned": "machine.test_zoned_disks",
+    "data_path": "options.test_data_paths",
+    "recovery": "machine.test_the_next_process_recovers_what_a_killed_one_left",
+    "fingerprint": "machine.test_the_next_process_recovers_what_a_killed_one_left",
+    "id": "options.test_queues_depth_id_and_fingerprint",
+    "threads": "contract.test_sync_handlers_run_one_at_a_time_per_queue_and_threads_overlap_them",
+    "workers": "options.test_a_pool_of_workers_is_shared_by_python_and_native_devices",
+    "workers_per_queue": "options.test_threads_workers_and_affinity",
+    "affinity": "options.test_threads_workers_and_affinity",
+    "populate": "options.test_memory_options",
+    "huge_pages": "options.test_memory_options",
+    "dma_alignment": "options.test_limits_of_segments_and_alignment",
+    "segments": "options.test_limits_of_segments_and_alignment",
+    "descriptor_size": "options.test_descriptors_of_another_size",
+    "batch": "options.test_require_prefer_forbid",
+    "partition_scan": "options.test_partitions_are_not_looked_for",
+    "unprivileged": "unprivileged.test_an_ordinary_user_makes_serves_uses_and_deletes_disks",
+    "allow_many_unprivileged": "unprivileged.test_an_ordinary_user_makes_serves_uses_and_deletes_disks",
+    "require": "options.test_require_prefer_forbid",
+    "prefer": "options.test_require_prefer_forbid",
+    "forbid": "options.test_require_prefer_forbid",
+    "start_timeout": "interrupts.test_a_start_that_takes_too_long_leaves_nothing",
+    "stop_timeout": "contract.test_leaving_with_takes_the_disk_from_its_users",
+    "force": "machine.test_the_next_process_recovers_what_a_killed_one_left",
+}
+
+
+def test_every_option_is_shown_at_work() -> None:
+    options = {*inspect.signature(ublk.Device.__init__).parameters, *inspect.signature(ublk.recover).parameters}
+    assert set(SHOWN) == options - {"self", "backend", "options"}
+    for option, place in SHOWN.items():
+        module, _, name = place.partition(".")
+        text = Path(__file__).with_name(f"{module}.py").read_text()
+        assert f"\ndef {name}() -> None:\n" in text, place
+        # Sizes are told in many ways there.
+        assert option == "size" or re.search(rf"\b{option}\b", text), (option, place)
 
 
 def test_statistics() -> None:
