@@ -15,6 +15,7 @@ use ublk_core::{Ending, Errno, Error, ErrorKind, Running};
 use crate::attend::Interpreter;
 use crate::calls::Sink;
 use crate::errors::{OrRaise, StateError, raise, still_held};
+use crate::halted::Halted;
 use crate::interrupt::{Token, interruptible};
 use crate::machine::describe;
 use crate::pool::Pool;
@@ -112,6 +113,20 @@ pub(crate) fn finish_before_exit(why: Why, thread: JoinHandle<()>) {
     let mut ending = ending();
     ending.retain(|(_, thread)| !thread.is_finished());
     ending.push((why, thread));
+}
+
+/// On a thread of its own, which the program waits for when it ends.
+fn end_apart(why: Why, end: impl FnOnce() + Send + 'static) {
+    // Without a thread for it, here; it takes seconds at the most.
+    match std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end) {
+        Ok(thread) => finish_before_exit(why, thread),
+        Err(error) => crate::log::complaint(format!("no thread to stop a device: {error}")),
+    }
+}
+
+/// The same, for what was abandoned.
+pub(crate) fn end_on_a_thread(end: impl FnOnce() + Send + 'static) {
+    end_apart(Why::Abandoned, end);
 }
 
 /// Before the program ends: a device that is being stopped would stay behind, dead.
@@ -236,6 +251,39 @@ impl Device {
         })
     }
 
+    /// Takes the disk away and keeps the device, for another life.
+    #[pyo3(signature = (timeout, token=None))]
+    fn halt(&self, py: Python<'_>, timeout: f64, token: Option<&Token>) -> PyResult<Halted> {
+        self.check_caller(py, "halt the device")?;
+        let within = seconds("timeout", timeout)?;
+        let token = token.map_or_else(CancelToken::new, |token| token.0.clone());
+        let wait = Wait::for_(within).cancelled_by(&token);
+        let (running, pool, id) =
+            (Arc::clone(&self.running), self.pool.clone(), self.handle.id());
+        let halted = interruptible(py, &token, move || {
+            let lock = || running.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(taken) = lock().take() else {
+                return Err(Error::new(ErrorKind::WrongState, "halt the device")
+                    .on_device(id)
+                    .because("it has been stopped or handed over"));
+            };
+            match taken.halt_with(&wait) {
+                Ok(added) => {
+                    end_pool(pool.as_deref(), PATIENCE);
+                    Ok(added)
+                }
+                Err(failed) => {
+                    *lock() = Some(failed.device);
+                    Err(failed.error)
+                }
+            }
+        })?;
+        halted.map(Halted::new).map_err(|error| match error.kind() {
+            ErrorKind::Busy => still_held(py, &error),
+            _ => raise(py, &error),
+        })
+    }
+
     /// Gives the disk to the next server.
     fn hand_over(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
         self.check_thread("hand the device over")?;
@@ -341,11 +389,7 @@ impl Device {
                 }
             });
         };
-        // Without a thread for it, here; it takes seconds at the most.
-        match std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end) {
-            Ok(thread) => finish_before_exit(why, thread),
-            Err(error) => crate::log::complaint(format!("no thread to stop a device: {error}")),
-        }
+        end_apart(why, end);
     }
 }
 

@@ -6,7 +6,7 @@
 //!   loop, or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
-//! * [`options`], [`device`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`options`], [`device`], [`halted`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
 //! * [`interrupt`] has calls that wait end with Ctrl-C;
 //! * [`errors`] and [`log`] bring errors and messages over, [`words`] has them name what Python has.
 
@@ -16,6 +16,7 @@ mod calls;
 mod device;
 mod errors;
 mod faults;
+mod halted;
 mod interrupt;
 mod log;
 mod machine;
@@ -43,6 +44,8 @@ mod _native {
     use super::device::{Device, Workers, await_lost, finish_endings};
     #[pymodule_export]
     use super::faults::{Fault, WriteCache};
+    #[pymodule_export]
+    use super::halted::Halted;
     #[pymodule_export]
     use super::interrupt::Token;
     #[pymodule_export]

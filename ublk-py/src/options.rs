@@ -192,7 +192,8 @@ impl Spec {
 }
 
 impl Spec {
-    fn bring_up(
+    /// Takes the description to a live device.
+    pub(crate) fn bring_up(
         &self,
         py: Python<'_>,
         token: &Token,

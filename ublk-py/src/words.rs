@@ -18,6 +18,10 @@ const WORDS: &[(&str, &str)] = &[
         "zoned= is for a backend with report_zones()",
     ),
     (
+        "a backend with INTEGRITY needs to know its metadata: Builder::integrity",
+        "disks with INTEGRITY are not served from Python",
+    ),
+    (
         "INTEGRITY is asked for by Builder::integrity",
         "disks with INTEGRITY are not served from Python",
     ),

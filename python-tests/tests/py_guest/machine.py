@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import subprocess
 import tempfile
 import threading
+import warnings
 from pathlib import Path
 
 import ublk
@@ -24,6 +26,7 @@ from tests.py_guest.disks import (
     read,
     read_at,
     read_error,
+    sysfs,
     together,
     until,
     write,
@@ -455,3 +458,65 @@ def test_raw_requests_are_completed_from_anywhere() -> None:
                 raw.arrived.notify_all()
             for thread in threads:
                 thread.join()
+
+
+def test_a_device_is_halted_and_started_again() -> None:
+    if not has("IO_DESC_SIZE"):
+        with ublk.Device(Ram()) as device:
+            # It goes on.
+            raised(OSError, device.halt, "7.3", "make a new one")
+            assert read_error(device.path) is None
+        return
+    for kind, options in ((Ram, {"threads": 2}), (Later, {}), (Ram, {"recovery": "wait", "fingerprint": 5})):
+        backend = kind()
+        with ublk.Device(backend, id=7, depth=16, **options) as device:  # type: ignore[arg-type]
+            node, features = os.stat("/dev/ublkc7").st_ino, device.features
+            for turn in range(3):
+                write(device.path, turn * BLOCK, bytes([turn + 1]) * BLOCK)
+                device.halt()
+                assert device.state == "halted"
+                assert not os.path.exists(device.path)
+                # The device is the same one all the time.
+                assert os.stat("/dev/ublkc7").st_ino == node
+                assert [(info.id, info.state, info.size) for info in ublk.list()] == [(7, "dead", None)]
+                assert (device.id, device.features) == (7, frozenset())
+                assert device.stats().total.write.completed == 1
+                assert device.wait()
+                for call in (device.halt, lambda: device.info, lambda: device.resize(MIB)):
+                    raised(ublk.StateError, call)
+                assert device.start() is device
+                assert (device.features, device.info.depth) == (features, 16)
+                assert device.stats().total.write.completed == 0
+                assert read(device.path, turn * BLOCK) == bytes([turn + 1]) * BLOCK
+            # In use, it goes on.
+            with opened(device.path) as fd:
+                raised(TimeoutError, lambda: device.halt(0.2), str(os.getpid()))
+                assert read_at(fd, 0) == bytes([1]) * BLOCK
+            # What is described anew need not fit.
+            device.halt()
+            device.describe(Ram(2 * MIB), require=["NO_AUTO_PART_SCAN"])
+            raised(OSError, device.start, "NO_AUTO_PART_SCAN")
+            assert device.state == "halted"
+            device.describe(Ram(2 * MIB), block_size=4096, queues=4)
+            device.start()
+            assert (device.size, sysfs(device, "logical_block_size"), device.info.queues) == (2 * MIB, "4096", 1)
+            write(device.path, MIB, b"z" * BLOCK)
+        gone(device)
+        assert device.state == "stopped"
+        raised(ublk.StateError, device.start)
+    # A device that is halted is deleted by a stop, and with its object.
+    device = ublk.Device(Ram()).start()
+    device.halt()
+    device.stop()
+    assert (ublk.list(), device.state) == ([], "stopped")
+    device = ublk.Device(ublk.Mem(MIB)).start()
+    device.halt()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del device
+        gc.collect()
+    assert [w.category for w in caught] == [ResourceWarning]
+    # The warning has the device.
+    caught.clear()
+    gc.collect()
+    until(lambda: not ublk.list())

@@ -9,7 +9,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use super::life::{Ending, Life, PATIENCE, Phase, from_now};
+use super::life::{Ending, Life, PATIENCE, Phase};
 use super::stop::Manner;
 use crate::control::{DeviceInfo, DeviceParams, Features, Wait};
 use crate::error::{Error, ErrorKind, Result};
@@ -20,7 +20,7 @@ const TOKEN: Features = Features::IO_DESC_SIZE;
 
 impl Life {
     /// Stops the disk when nobody uses it, and leaves the device to the caller, who gets what it is by now.
-    pub(super) fn halt(&self, within: Duration) -> Result<(DeviceInfo, DeviceParams)> {
+    pub(super) fn halt(&self, wait: &Wait) -> Result<(DeviceInfo, DeviceParams)> {
         self.check_process(ATTEMPT)?;
         self.check_thread(ATTEMPT)?;
         let fail = |kind| Error::new(kind, ATTEMPT).on_device(self.info.id);
@@ -32,7 +32,6 @@ impl Life {
                 ))
                 .remedy_is("stop it, and make a new one"));
         }
-        let wait = Wait::until(from_now(within));
         {
             let mut state = self.lock();
             if state.phase != Phase::Live || state.has_failed() {
@@ -41,12 +40,12 @@ impl Life {
             state.phase = Phase::Ending;
         }
         // Not by TRY_STOP: after that only the privileged may open the disk, for as long as the device lives.
-        if let Err(error) = self.stop_when_free(&wait, false) {
+        if let Err(error) = self.stop_when_free(wait, false) {
             self.resume();
             return Err(error);
         }
         let mut leftovers = Vec::new();
-        self.remove_disk(&wait, &mut leftovers);
+        self.remove_disk(wait, &mut leftovers);
         self.release(PATIENCE, &mut leftovers);
         let failure = self.failure();
         if failure.is_some() || !leftovers.is_empty() {

@@ -258,8 +258,17 @@ impl Running {
     /// that is known, before Linux 7.3); [`ErrorKind::Busy`] as of [`stop`](Device::stop),
     /// [`ErrorKind::WrongState`] if it is ending: the disk goes on, or was ended by others. If the backend is stuck
     /// at the end ([`ErrorKind::TimedOut`]) or the device fails, it is stopped and deleted.
-    pub fn halt(mut self, within: Duration) -> Result<Added, StopFailed> {
-        let halted = self.device.0.halt(within);
+    pub fn halt(self, within: Duration) -> Result<Added, StopFailed> {
+        self.halt_with(&Wait::until(from_now(within)))
+    }
+
+    /// As [`halt`](Self::halt), with a wait that can be cancelled, as of [`stop_with`](Device::stop_with).
+    ///
+    /// # Errors
+    ///
+    /// As [`halt`](Self::halt).
+    pub fn halt_with(mut self, wait: &Wait) -> Result<Added, StopFailed> {
+        let halted = self.device.0.halt(wait);
         match (halted, self.builder.take()) {
             (Ok((info, params)), Some(builder)) => {
                 self.over = true;

@@ -159,7 +159,8 @@ class Device:
         stop_timeout: float = 30.0,
     ) -> None:
         self._native: _native.Device | None = None
-        self._phase: Literal["new", "starting", "live", "stopped"] = "new"
+        self._phase: Literal["new", "starting", "live", "halted", "stopped"] = "new"
+        self._halted: _native.Halted | None = None
         self._place: tuple[int, str] | None = None
         self._last_stats = Stats()
         self._lock = threading.Lock()
@@ -227,6 +228,7 @@ class Device:
         said: dict[str, bool | None],
     ) -> None:
         """Looks at the backend, and has everything checked."""
+        self._described = backend, size, block_size, dict(options), said
         options["force"] = self._force
         ready_made = isinstance(backend, READY_MADE)
         found = None if ready_made else inspect_backend(backend)
@@ -311,13 +313,19 @@ class Device:
         self._check_process()
         _log.ensure_thread()
         with self._lock:
-            if self._phase != "new":
+            if self._phase not in {"new", "halted"}:
                 raise StateError("the device was started before: make a new one")
             self._phase = "starting"
+        if self._halted is not None:
+            # Another life: with workers, threads and a loop of its own.
+            self._starting = _native.Token()
+            self._courier = None
+            self._describe(*self._described)
 
     def _bring_up(self) -> Self:
         native = self._native = self._launch()
         self._place = (native.id, native.path)
+        self._halted = None
         self._phase = "live"
         _live.add(self)
         for warning in native.warnings:
@@ -326,6 +334,12 @@ class Device:
 
     def _give_up(self) -> None:
         """After a start that failed, or that an exception came between."""
+        if self._halted is not None and self._halted.is_there():
+            # What was described does not fit the device, which waits for another start.
+            self._phase = "halted"
+            self._end_loop()
+            return
+        self._halted = None
         if self._native is None:
             # Should there be a device whose handle was lost with the exception, the handle's end stops it.
             self._phase = "stopped"
@@ -339,6 +353,8 @@ class Device:
             _logger.exception("%r: it was not stopped after a start that failed", self)
 
     def _launch(self) -> _native.Device:
+        if self._halted is not None:
+            return self._halted.start(self._spec, self._starting)
         return self._spec.start(self._starting)
 
     def stop(self, timeout: float = 30.0) -> None:
@@ -408,6 +424,10 @@ class Device:
                 if self._phase == "starting":
                     raise StateError("the device is being started by another thread: stop it when it has come up")
                 self._phase = "stopped"
+                halted, self._halted = self._halted, None
+            if halted is not None:
+                _live.discard(self)
+                halted.delete()
             return
         try:
             leftovers = native.stop(timeout, force, token)
@@ -420,14 +440,16 @@ class Device:
             _logger.warning("%s: %s", native.path, leftover)
         self._over(native)
 
-    def _over(self, native: _native.Device) -> None:
+    def _over(self, native: _native.Device, halted: _native.Halted | None = None) -> None:
         with self._lock:
             if self._native is None:
                 return
             self._last_stats = stats_of(native.stats())
             self._native = None
-            self._phase = "stopped"
-        _live.discard(self)
+            self._halted = halted
+            self._phase = "stopped" if halted is None else "halted"
+        if halted is None:
+            _live.discard(self)
         self._end_loop()
         fatal = native.take_fatal()
         if fatal is not None:
@@ -523,6 +545,61 @@ class Device:
         native.hand_over(timeout)
         self._over(native)
 
+    def halt(self, timeout: float = 30.0) -> None:
+        """Takes the disk away when nobody uses it, as `stop` does, and keeps the device: `start` brings it up again,
+        with the same number, features and fingerprint, and as it is described by then (`describe`). Its counters begin at
+        zero again. ``stop`` deletes it. Linux 7.3.
+
+        Raises:
+            TimeoutError: The disk is in use; as of `stop`. It goes on.
+            OSError: The kernel's driver starts no device a second time; the disk goes on.
+            StateError: It is not live; or the caller is a method of the backend, or the loop that serves it.
+
+        >>> import ublk
+        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
+        ...     if "IO_DESC_SIZE" in (ublk.features() or ()):
+        ...         dev.halt()
+        ...         dev.describe(ublk.Mem("2MiB"))
+        ...         assert dev.start().size == 2 << 20
+        """  # noqa: D205
+        self._check_loop("halt")
+        native = self._require_live("halt the device")
+        try:
+            halted = native.halt(timeout)
+        except BaseException:
+            # Stuck, failed, or interrupted at the last moment: it was stopped and deleted then.
+            if native.has_ended():
+                self._over(native)
+            raise
+        self._over(native, halted)
+
+    def describe(self, backend: AnyBackend, **options: Any) -> None:  # noqa: ANN401  # as of the constructor
+        """Has a device that is halted become another at its next start: another backend, another size, other limits.
+
+        What the driver settled when it was added stays, whatever is said of it here: the number, the queues, their depth,
+        ``max_io_size``, the features and the fingerprint.
+
+        Args:
+            backend: As of the constructor.
+            options: As of the constructor.
+
+        Raises:
+            StateError: It is not halted.
+            TypeError, ValueError: As of the constructor.
+
+        >>> import ublk
+        >>> try:
+        ...     ublk.Device(ublk.Null(), size="1GiB").describe(ublk.Mem("1MiB"))
+        ... except ublk.StateError as error:
+        ...     print(error)
+        cannot describe the device anew: it is new, not halted
+        """
+        other = Device(backend, **options)
+        with self._lock:
+            if self._halted is None:
+                raise StateError(f"cannot describe the device anew: it is {self._phase}, not halted")
+            self._described, self._size, self._stop_timeout = other._described, other._size, other._stop_timeout
+
     def quiesce(self, timeout: float = 30.0) -> None:
         """The same as `hand_over`, by the kernel's name for it: the device stays, quiesced, until `recover`.
 
@@ -603,7 +680,7 @@ class Device:
     @property
     def state(self) -> str:
         """Where it is in its life: ``"new"``, ``"live"``, ``"quiesced"``, ``"fail-io"`` (by the driver's word),
-        ``"dead"`` or ``"stopped"``.
+        ``"dead"``, ``"halted"`` or ``"stopped"``.
 
         >>> import ublk
         >>> ublk.Device(ublk.Null(), size="1KiB").state
@@ -714,11 +791,13 @@ class Device:
                 raise
 
     def __del__(self) -> None:
-        native = getattr(self, "_native", None)
-        if native is None or self._pid != os.getpid():
+        native, halted = getattr(self, "_native", None), getattr(self, "_halted", None)
+        if (native is None and halted is None) or self._pid != os.getpid():
             return
         warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
-        native.abandon(self._courier.dismiss if self._courier is not None else None)
+        # A device without a disk is deleted with its object.
+        if native is not None:
+            native.abandon(self._courier.dismiss if self._courier is not None else None)
 
     def __repr__(self) -> str:
         if self._place is None:
