@@ -77,7 +77,6 @@ impl Device {
             false => Ok(()),
         }
     }
-
 }
 
 /// The pool's threads go when there are no more requests. How many are stuck.
@@ -258,8 +257,7 @@ impl Device {
         let within = seconds("timeout", timeout)?;
         let token = token.map_or_else(CancelToken::new, |token| token.0.clone());
         let wait = Wait::for_(within).cancelled_by(&token);
-        let (running, pool, id) =
-            (Arc::clone(&self.running), self.pool.clone(), self.handle.id());
+        let (running, pool, id) = (Arc::clone(&self.running), self.pool.clone(), self.handle.id());
         let halted = interruptible(py, &token, move || {
             let lock = || running.lock().unwrap_or_else(PoisonError::into_inner);
             let Some(taken) = lock().take() else {

@@ -334,13 +334,7 @@ impl Fault {
     /// >>> buf
     /// bytearray(b'data')
     #[pyo3(signature = (buf, offset, flags=0))]
-    fn pwrite(
-        &self,
-        py: Python<'_>,
-        buf: PyBuffer<u8>,
-        offset: u64,
-        flags: u8,
-    ) -> PyResult<()> {
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         targets::pwrite(py, &self.calls, &buf, offset, flags)
     }
 
@@ -461,7 +455,9 @@ impl WriteCache {
     ) -> PyResult<Self> {
         let behind = calls_of(backend)?;
         let Some(size) = behind.size() else {
-            return Err(PyTypeError::new_err("WriteCache wraps a backend with contents, not a Null"));
+            return Err(PyTypeError::new_err(
+                "WriteCache wraps a backend with contents, not a Null",
+            ));
         };
         if behind.is_direct() {
             return Err(PyValueError::new_err(
@@ -470,7 +466,9 @@ impl WriteCache {
         }
         let behind = Arc::new(behind);
         let cache = match capacity {
-            Some(capacity) => core::WriteCache::with_capacity(behind, parse_bytes(py, "capacity", &capacity)?),
+            Some(capacity) => {
+                core::WriteCache::with_capacity(behind, parse_bytes(py, "capacity", &capacity)?)
+            }
             None => core::WriteCache::new(behind),
         };
         let calls = Wrapped::Cache(cache.clone());
@@ -562,13 +560,7 @@ impl WriteCache {
     /// >>> buf
     /// bytearray(b'data')
     #[pyo3(signature = (buf, offset, flags=0))]
-    fn pwrite(
-        &self,
-        py: Python<'_>,
-        buf: PyBuffer<u8>,
-        offset: u64,
-        flags: u8,
-    ) -> PyResult<()> {
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         targets::pwrite(py, &self.calls, &buf, offset, flags)
     }
 

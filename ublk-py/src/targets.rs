@@ -294,13 +294,7 @@ impl Mem {
     /// >>> buf
     /// bytearray(b'data')
     #[pyo3(signature = (buf, offset, flags=0))]
-    fn pwrite(
-        &self,
-        py: Python<'_>,
-        buf: PyBuffer<u8>,
-        offset: u64,
-        flags: u8,
-    ) -> PyResult<()> {
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         // Memory is as durable as it gets.
         let _ = flags;
         let mut data = bytes(py, &buf)?;
@@ -461,13 +455,7 @@ impl File {
     /// >>> buf
     /// bytearray(b'data')
     #[pyo3(signature = (buf, offset, flags=0))]
-    fn pwrite(
-        &self,
-        py: Python<'_>,
-        buf: PyBuffer<u8>,
-        offset: u64,
-        flags: u8,
-    ) -> PyResult<()> {
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         pwrite(py, &self.calls, &buf, offset, flags)
     }
 
@@ -639,13 +627,7 @@ impl Stripe {
     /// >>> buf
     /// bytearray(b'data')
     #[pyo3(signature = (buf, offset, flags=0))]
-    fn pwrite(
-        &self,
-        py: Python<'_>,
-        buf: PyBuffer<u8>,
-        offset: u64,
-        flags: u8,
-    ) -> PyResult<()> {
+    fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         pwrite(py, &self.calls, &buf, offset, flags)
     }
 

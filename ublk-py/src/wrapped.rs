@@ -218,8 +218,9 @@ impl Backend for Wrapped {
             Wrapped::Mem(mem) => whole(mem.write_at(data, offset), len),
             Wrapped::File(file) => whole(file.write(data, offset, flags), len),
             Wrapped::Stripe(members) => {
-                let write =
-                    |file: &Plain, at, range: std::ops::Range<usize>| file.write(&data[range], at, flags);
+                let write = |file: &Plain, at, range: std::ops::Range<usize>| {
+                    file.write(&data[range], at, flags)
+                };
                 whole(members.each(offset, len as u64, write), len)
             }
             Wrapped::Fault(fault) => fault.write(data, offset, flags),

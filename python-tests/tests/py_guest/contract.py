@@ -34,7 +34,6 @@ from tests.py_guest.disks import (
     write_at,
 )
 
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 

@@ -237,7 +237,7 @@ def test_ctrl_c_in_a_stop_that_waits_for_the_backend_ends_it() -> None:
         backend.closed = True  # type: ignore[attr-defined]
         backend.arrived.clear()  # type: ignore[attr-defined]
         errors: list[str | None] = []
-        client = threading.Thread(target=lambda device=device: errors.append(read_error(device.path)))
+        client = threading.Thread(target=lambda device=device, errors=errors: errors.append(read_error(device.path)))
         client.start()
         backend.arrived.wait(60)  # type: ignore[attr-defined]
         began = time.monotonic()

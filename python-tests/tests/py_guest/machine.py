@@ -509,14 +509,17 @@ def test_a_device_is_halted_and_started_again() -> None:
     device.halt()
     device.stop()
     assert (ublk.list(), device.state) == ([], "stopped")
-    device = ublk.Device(ublk.Mem(MIB)).start()
-    device.halt()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        del device
+        _halted_and_lost()
         gc.collect()
     assert [w.category for w in caught] == [ResourceWarning]
     # The warning has the device.
     caught.clear()
     gc.collect()
     until(lambda: not ublk.list())
+
+
+def _halted_and_lost() -> None:
+    device = ublk.Device(ublk.Mem(MIB)).start()
+    device.halt()

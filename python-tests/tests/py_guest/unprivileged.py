@@ -44,7 +44,7 @@ def _udevadm(*words: str) -> bool:
 
 @contextlib.contextmanager
 def _udev() -> Iterator[None]:
-    """udevd with our rules, and a group for those who may make devices."""
+    """Runs udev with our rules, and a group for those who may make devices."""
     groups = Path("/etc/group")
     if "\nublk:" not in groups.read_text():
         groups.write_text(groups.read_text() + f"ublk:x:{GROUP}:\n")
@@ -176,7 +176,7 @@ def test_a_users_disk_is_nobody_elses() -> None:
         with os.fdopen(up[0]) as said:
             number = int(said.readline())
         # What keeps the stranger out is not the control node.
-        os.chmod("/dev/ublk-control", 0o666)
+        os.chmod("/dev/ublk-control", 0o666)  # noqa: S103
         _as_user(STRANGER, stranger)
         # Root sees whose it is.
         assert [(info.id, info.owner) for info in ublk.list()] == [(number, (OWNER, GROUP))]

@@ -7,8 +7,8 @@ use super::running::Running;
 use super::start::Added;
 use crate::backend::{AsyncBackend, Backend, Capabilities, QueueHandler};
 use crate::control::{
-    AddDevice, CancelToken, Control, DeviceParams, Discard, FeatureRequest, Features, Integrity, ParamsBuilder,
-    SegmentLimits, Zoned,
+    AddDevice, CancelToken, Control, DeviceParams, Discard, FeatureRequest, Features, Integrity,
+    ParamsBuilder, SegmentLimits, Zoned,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::memory::Backing;

@@ -14,7 +14,9 @@ use super::mend;
 use super::running::Running;
 use super::start::{Rise, Way};
 use crate::backend::Capabilities;
-use crate::control::{CancelToken, Control, DeviceInfo, DeviceParams, DeviceState, Features, SECTOR, Wait};
+use crate::control::{
+    CancelToken, Control, DeviceInfo, DeviceParams, DeviceState, Features, SECTOR, Wait,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::fork::OwnFd;
 

@@ -329,9 +329,12 @@ impl Workers {
                 .because("the pool was made before a fork, by the parent process"));
         }
         if self.0.workers.iter().any(|worker| worker.is_current()) {
-            return Err(Error::new(ErrorKind::WouldDeadlock, "start a device on a pool of workers")
-                .because("the calling thread is one of them, which the start would wait for")
-                .remedy_is("call it from another thread"));
+            return Err(Error::new(
+                ErrorKind::WouldDeadlock,
+                "start a device on a pool of workers",
+            )
+            .because("the calling thread is one of them, which the start would wait for")
+            .remedy_is("call it from another thread"));
         }
         let mut kept = self.0.control.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(control) = kept.upgrade() {

@@ -22,7 +22,7 @@ def settle(future: asyncio.Future[None]) -> None:
 
 
 async def in_thread(call: Callable[[], _T], give_up: Callable[[], object] | None = None) -> _T:
-    """Runs a call that blocks on a thread of its own; a cancellation gives it up, and waits for what comes of that."""
+    """Runs a call that blocks on a thread of its own; a cancellation gives it up and waits for what comes of that."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
     returned: list[_T] = []

@@ -82,8 +82,8 @@ class Device:
         zoned: The zones of a zoned disk, whose backend has the zone methods.
         data_path: How the data moves: see `DataPath`.
         recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
-        fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares. Default 0; of a `Stripe`
-            what tells its members, their order and the chunks from others.
+        fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares. Default 0; of a
+            `Stripe` what tells its members, their order and the chunks from others.
         id: The device's number, below 2**20. Default the lowest that is free.
         threads: Threads that call the methods of a synchronous backend, so that a slow call does not stall its
             queue: up to 1024. Default 0: each queue's worker calls them itself, one at a time.
@@ -367,8 +367,8 @@ class Device:
             TimeoutError: The disk is in use; the message and the attribute ``holders`` say by whom. It goes on.
             StateError: The caller is a method of the backend, or the loop that serves it.
             BaseException: What a method of the backend raised that is no `Exception`, unless `wait` has raised it.
-            KeyboardInterrupt: Ctrl-C has the deadline come at once: a disk that is in use goes on, any other is stopped
-                and deleted first. The same for whatever the handler of a signal raises.
+            KeyboardInterrupt: Ctrl-C has the deadline come at once: a disk that is in use goes on, any other is
+                stopped and deleted first. The same for whatever the handler of a signal raises.
 
         >>> import ublk
         >>> dev = ublk.Device(ublk.Null(), size="1GiB").start()
@@ -547,8 +547,8 @@ class Device:
 
     def halt(self, timeout: float = 30.0) -> None:
         """Takes the disk away when nobody uses it, as `stop` does, and keeps the device: `start` brings it up again,
-        with the same number, features and fingerprint, and as it is described by then (`describe`). Its counters begin at
-        zero again. ``stop`` deletes it. Linux 7.3.
+        with the same number, features and fingerprint, and as it is described by then (`describe`). Its counters
+        begin at zero again. ``stop`` deletes it. Linux 7.3.
 
         Raises:
             TimeoutError: The disk is in use; as of `stop`. It goes on.
@@ -576,8 +576,8 @@ class Device:
     def describe(self, backend: AnyBackend, **options: Any) -> None:  # noqa: ANN401  # as of the constructor
         """Has a device that is halted become another at its next start: another backend, another size, other limits.
 
-        What the driver settled when it was added stays, whatever is said of it here: the number, the queues, their depth,
-        ``max_io_size``, the features and the fingerprint.
+        What the driver settled when it was added stays, whatever is said of it here: the number, the queues, their
+        depth, ``max_io_size``, the features and the fingerprint.
 
         Args:
             backend: As of the constructor.

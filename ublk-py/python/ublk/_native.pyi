@@ -862,7 +862,9 @@ class WriteCache:
     0
     """
 
-    def __new__(cls, backend: Mem | File | Stripe | Fault | WriteCache, *, capacity: _Size | None = None) -> WriteCache: ...
+    def __new__(
+        cls, backend: Mem | File | Stripe | Fault | WriteCache, *, capacity: _Size | None = None
+    ) -> WriteCache: ...
     @property
     def size(self) -> int:
         """Bytes of the disk.
