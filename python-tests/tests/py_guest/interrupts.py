@@ -272,6 +272,46 @@ def test_ctrl_c_while_leaving_with_takes_the_disk_from_its_users() -> None:
     until(lambda: not ublk.list())
 
 
+def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> None:
+    arrived, go = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        held = Held()
+        held.closed = False
+        device = ublk.Device(held, recovery="wait", id=5, size=MIB).start()
+        held.closed = True
+        held.arrived.clear()
+        os.write(arrived[1], b"s")
+        held.arrived.wait(60)
+        os.write(arrived[1], b"r")
+        os.read(go[0], 1)
+        held.closed = False
+        for request in held.requests:
+            request.complete()
+        device.wait()
+        device.stop()
+        os._exit(0)
+    os.read(arrived[0], 1)
+    began = time.monotonic()
+    # A server that lives is given two seconds to be gone.
+    with interrupted(lambda: until(lambda: time.monotonic() > began + 0.3), seconds=1.5 * SCALE):
+        raised(KeyboardInterrupt, lambda: ublk.recover(5, Held()))
+    assert [(info.id, info.state, info.server_pid) for info in ublk.list()] == [(5, "live", pid)]
+    client = threading.Thread(target=read_error, args=("/dev/ublkb5",))
+    client.start()
+    os.read(arrived[0], 1)
+    began = time.monotonic()
+    with interrupted(lambda: until(lambda: time.monotonic() > began + 0.3)):
+        raised(KeyboardInterrupt, lambda: ublk.delete(5, 60))
+    # What the driver has begun it goes on with, as soon as the server answers.
+    os.write(go[1], b".")
+    client.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with contextlib.suppress(FileNotFoundError):
+        ublk.delete(5)
+    assert ublk.list() == []
+
+
 def test_a_cancelled_start_and_a_cancelled_stop_do_not_wait() -> None:
     async def main() -> None:
         for backend, options in ((HeldZones(), {"threads": 1}), (HeldZonesByLoop(), {})):
