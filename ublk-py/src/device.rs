@@ -19,6 +19,7 @@ use crate::halted::Halted;
 use crate::interrupt::{Token, interruptible};
 use crate::machine::describe;
 use crate::pool::Pool;
+use crate::share::SharedBuffer;
 use crate::stats::stats;
 
 /// A live device's handle.
@@ -280,6 +281,17 @@ impl Device {
             ErrorKind::Busy => still_held(py, &error),
             _ => raise(py, &error),
         })
+    }
+
+    /// Has clients' data in this memory used where it is; the buffer's number.
+    fn share(&self, py: Python<'_>, buffer: &SharedBuffer) -> PyResult<u16> {
+        self.check_thread("share memory")?;
+        py.detach(|| self.handle.share(&buffer.0)).or_raise(py)
+    }
+
+    fn unshare(&self, py: Python<'_>, number: u16) -> PyResult<()> {
+        self.check_thread("share memory")?;
+        py.detach(|| self.handle.unshare(number)).or_raise(py)
     }
 
     /// Gives the disk to the next server.

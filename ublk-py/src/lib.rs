@@ -6,7 +6,7 @@
 //!   loop, or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
-//! * [`options`], [`device`], [`halted`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`options`], [`device`], [`halted`], [`share`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
 //! * [`interrupt`] has calls that wait end with Ctrl-C;
 //! * [`errors`] and [`log`] bring errors and messages over, [`words`] has them name what Python has.
 
@@ -25,6 +25,7 @@ mod pace;
 mod pool;
 mod request;
 mod serve;
+mod share;
 mod stats;
 mod targets;
 mod words;
@@ -58,6 +59,8 @@ mod _native {
     use super::request::Request;
     #[pymodule_export]
     use super::serve::Inbox;
+    #[pymodule_export]
+    use super::share::SharedBuffer;
     #[pymodule_export]
     use super::targets::{File, Mem, Null, Stripe, ZonedMem};
 

@@ -35,6 +35,7 @@ pub(crate) struct Request {
     offset: u64,
     len: u64,
     flags: u8,
+    shared: bool,
     zones: u32,
     device: u32,
     queue: u16,
@@ -59,6 +60,7 @@ impl Request {
             offset: inner.offset(),
             len: inner.len(),
             flags: flag_bits(inner.flags()),
+            shared: inner.is_shared(),
             zones: inner.zones(),
             device: inner.device(),
             queue: inner.queue(),
@@ -149,6 +151,16 @@ impl Request {
     #[getter]
     fn flags<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         py.import(intern!(py, "ublk._types"))?.getattr(intern!(py, "Flags"))?.call1((self.flags,))
+    }
+
+    /// Whether the data lies in memory that the client shares with this process (`Device.share`), so that the driver did
+    /// not copy it.
+    ///
+    /// >>> request.shared
+    /// False
+    #[getter]
+    fn shared(&self) -> bool {
+        self.shared
     }
 
     /// How many zones are to be reported at most; 0 for the other operations.

@@ -25,6 +25,7 @@ const WORDS: &[(&str, &str)] = &[
         "INTEGRITY is asked for by Builder::integrity",
         "disks with INTEGRITY are not served from Python",
     ),
+    ("require the feature when the device is built", "use require=[\"SHMEM_ZC\"]"),
     ("delete it (Control::delete)", "delete it (ublk.delete)"),
     ("use stop_force to pull it", "use stop_force() to pull it"),
     (

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from ublk._native import Workers
+    from ublk._native import SharedBuffer, Workers
 
 __all__ = ["Device"]
 
@@ -631,6 +631,47 @@ class Device:
         native = self._require_live("resize the device")
         native.resize(parse_size(size))
         self._size = native.info()["size"]
+
+    def share(self, buffer: SharedBuffer) -> int:
+        """Has the data of clients' direct I/O from and to this memory used where it is, without a copy by the driver,
+        and returns the buffer's number with this device. Takes ``require=["SHMEM_ZC"]``, and Linux 7.1.
+
+        The memory stays locked until `unshare` or the end of the device. All other I/O goes on as before. What a client
+        writes to the memory while a request is in progress, ready-made backends see as it comes; Python ones get a
+        copy.
+
+        Raises:
+            OSError: The device has not the feature; a part of the memory is shared already (EEXIST).
+            StateError: The device is not live, or the caller is a method of its backend.
+
+        >>> import mmap, os, ublk
+        >>> if "SHMEM_ZC" in (ublk.features() or ()):
+        ...     buffer = ublk.SharedBuffer("1MiB")
+        ...     with ublk.Device(ublk.Mem("1MiB"), require=["SHMEM_ZC"]) as dev:
+        ...         number = dev.share(buffer)
+        ...         with mmap.mmap(buffer.fileno(), buffer.size) as memory:
+        ...             disk = os.open(dev.path, os.O_RDWR | os.O_DIRECT)
+        ...             assert os.preadv(disk, [memory], 0) == 1 << 20
+        ...             os.close(disk)
+        ...         dev.unshare(number)
+        """  # noqa: D205
+        self._check_loop("share")
+        return self._require_live("share memory").share(buffer)
+
+    def unshare(self, number: int) -> None:
+        """Ends the sharing of the buffer with this number, once the requests that are out are answered.
+
+        Raises:
+            OSError: There is none (ENOENT).
+            StateError: As of `share`.
+
+        >>> import ublk
+        >>> if "SHMEM_ZC" in (ublk.features() or ()):
+        ...     with ublk.Device(ublk.Mem("1MiB"), require=["SHMEM_ZC"]) as dev:
+        ...         dev.unshare(dev.share(ublk.SharedBuffer("1MiB")))
+        """
+        self._check_loop("unshare")
+        self._require_live("share memory").unshare(number)
 
     # What it is.
 

@@ -21,6 +21,7 @@ __all__ = [
     "Mem",
     "Null",
     "Request",
+    "SharedBuffer",
     "Spec",
     "StateError",
     "Stripe",
@@ -140,6 +141,14 @@ class Request:
         False
         """
     @property
+    def shared(self) -> bool:
+        """Whether the data lies in memory that the client shares with this process (`Device.share`), so that the driver did
+        not copy it.
+
+        >>> request.shared
+        False
+        """
+    @property
     def zones(self) -> int:
         """How many zones are to be reported at most; 0 for the other operations.
 
@@ -233,6 +242,8 @@ class Device:
     def resize(self, size: int) -> None: ...
     def stop(self, timeout: float, force: bool, token: Token | None = None) -> list[str]: ...
     def halt(self, timeout: float, token: Token | None = None) -> Halted: ...
+    def share(self, buffer: SharedBuffer) -> int: ...
+    def unshare(self, number: int) -> None: ...
     def hand_over(self, timeout: float) -> None: ...
     def check_caller(self, what: str) -> None: ...
     def ended_fd(self) -> int: ...
@@ -251,6 +262,60 @@ class Halted:
 class Token:
     def __new__(cls) -> Token: ...
     def cancel(self) -> None: ...
+
+@final
+class SharedBuffer:
+    """Memory that clients of a disk share with its server (`Device.share`): direct I/O from and to it is not copied by the
+    driver. It is a memory file, which both map.
+
+    Args:
+        size: Bytes, a multiple of 4096 up to 4 GiB: an int, or a string as of `parse_size`.
+        huge_pages: Of the system's huge pages, which have to be reserved (``vm.nr_hugepages``).
+
+    Raises:
+        ValueError: It is another size.
+        OSError: The memory is not to be had.
+
+    >>> import mmap, ublk
+    >>> buffer = ublk.SharedBuffer("1MiB")
+    >>> with mmap.mmap(buffer.fileno(), buffer.size) as memory:
+    ...     memory[:4] = b"data"
+    """
+
+    def __new__(cls, size: _Size, *, huge_pages: bool = False) -> SharedBuffer: ...
+    @staticmethod
+    def from_fd(fd: int, *, read_only: bool = False) -> SharedBuffer:
+        """Memory of somebody else's: a memory file that is sealed against shrinking (``F_SEAL_SHRINK``). The descriptor
+        stays the caller's.
+
+        Args:
+            fd: Its descriptor.
+            read_only: It may not be written to: it serves writes of the client alone.
+
+        Raises:
+            ValueError: It is not sealed, or its size is no multiple of 4096 up to 4 GiB.
+
+        >>> import fcntl, os
+        >>> fd = os.memfd_create("shared", os.MFD_ALLOW_SEALING)
+        >>> os.ftruncate(fd, 1 << 20)
+        >>> _ = fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        >>> ublk.SharedBuffer.from_fd(fd).size
+        1048576
+        """
+    def fileno(self) -> int:
+        """The memory file's descriptor, for ``mmap``, and for other processes by way of ``/proc/PID/fd/N``. It is closed with
+        this object.
+
+        >>> ublk.SharedBuffer("1MiB").fileno() > 2
+        True
+        """
+    @property
+    def size(self) -> int:
+        """Bytes.
+
+        >>> ublk.SharedBuffer("1MiB").size
+        1048576
+        """
 
 @final
 class Workers:
