@@ -2,6 +2,7 @@
 #
 #   RIG=qemu|host|auto   where kernel tests run (default: qemu, which is where both kernels are)
 #   KERNELS=6.12,7.3     on which kernels
+#   MACHINES=2           how many virtual machines test side by side
 #   PYTEST_ARGS=...      handed to pytest
 #   PREFIX=, DESTDIR=    where the C library is installed
 
@@ -13,6 +14,7 @@ MAKEFLAGS += --no-builtin-rules
 export CARGO_BUILD_JOBS ?= 2
 RIG ?= qemu
 KERNELS ?=
+MACHINES ?= 2
 PYTEST_ARGS ?=
 
 # The first interpreter that is new enough; a version manager's stub that runs nothing does not count.
@@ -20,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 /usr/bin/pyt
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$p"; break; }; done)
 VENV_PYTHON := .venv/bin/python
 PYTEST := $(VENV_PYTHON) -m pytest -c python-tests/pyproject.toml --rootdir python-tests \
-	--rig=$(RIG) $(if $(KERNELS),--kernels=$(KERNELS))
+	--rig=$(RIG) $(if $(KERNELS),--kernels=$(KERNELS)) $(if $(filter qemu,$(RIG)),--numprocesses=$(MACHINES))
 
 .PHONY: help setup build install demo lint host-test vm-test test test-full soak bench kernels clean
 

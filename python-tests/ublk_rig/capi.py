@@ -8,10 +8,15 @@ import hashlib
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ublk_rig import layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 CAPI = layout.TREE / "ublk-capi"
 EXAMPLES = CAPI / "examples"
@@ -75,13 +80,44 @@ def _built() -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def _building() -> Iterator[None]:
+    """One process builds at a time."""
+    target_dir().mkdir(parents=True, exist_ok=True)
+    with (target_dir() / "capi.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _made(out: Path, inputs: Sequence[str | Path], command: Callable[[Path], Sequence[str | Path]]) -> Path:
+    """What the command makes of the inputs, at `out`, and not again for the same: a guest may be looking at it.
+
+    A `Path` among the inputs stands for its content.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part, stamp = out.with_name(out.name + ".part"), out.with_name(out.name + ".made")
+    argv = command(part)
+    digest = hashlib.sha256(repr([str(a) for a in argv]).encode())
+    for item in inputs:
+        digest.update(item.read_bytes() if isinstance(item, Path) else item.encode())
+    key = digest.hexdigest()
+    if out.exists() and stamp.exists() and stamp.read_text() == key:
+        return out
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if done.returncode or done.stderr:
+        raise CannotBuild(f"{argv[0]} for {out.name}:\n{done.stderr}")
+    stamp.unlink(missing_ok=True)
+    part.rename(out)
+    stamp.write_text(key)
+    return out
+
+
 @functools.cache
 def prefix() -> Path:
     """Build the library and install it, once a session, and only if it is another: guests may be looking at it."""
     where = target_dir() / "capi/prefix"
     where.mkdir(parents=True, exist_ok=True)
-    with (where.parent / "prefix.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _building():
         make("all", f"PREFIX={where}")
         stamp, built = where / "installed", _built()
         if not stamp.exists() or stamp.read_text() != built:
@@ -91,15 +127,17 @@ def prefix() -> Path:
     return where
 
 
+def _version() -> str:
+    return (prefix() / "installed").read_text()
+
+
 @functools.cache
 def stripped() -> Path:
     """The shared library without what a debugger knows, of which valgrind would read all: a third of its start."""
     into = target_dir() / "capi/stripped"
-    into.mkdir(parents=True, exist_ok=True)
-    part = into / f"part.{os.getpid()}"
     library = (prefix() / "lib/libublk_rs.so.0").resolve()
-    subprocess.run(["strip", "--strip-debug", "-o", part, library], check=True)
-    part.rename(into / "libublk_rs.so.0")
+    with _building():
+        _made(into / "libublk_rs.so.0", [_version()], lambda part: ["strip", "--strip-debug", "-o", part, library])
     return into
 
 
@@ -129,17 +167,15 @@ def program(source: Path, flavour: Flavour = Flavour()) -> Path:
     compiler = compiler if source.suffix == ".cpp" else flavour.compiler
     if not shutil.which(compiler):
         raise CannotBuild(f"no {compiler}: run `make setup`")
-    into = target_dir() / "capi/programs"
-    into.mkdir(parents=True, exist_ok=True)
-    out = into / f"{source.stem}-{flavour.tag}"
-    part = out.with_suffix(".part")
-    done = subprocess.run(
-        [compiler, *_flags(source, flavour), "-o", part], capture_output=True, text=True, check=False
-    )
-    if done.returncode or done.stderr:
-        raise CannotBuild(f"{compiler} {source.name}:\n{done.stderr}")
-    part.rename(out)
-    return out
+    out = target_dir() / "capi/programs" / f"{source.stem}-{flavour.tag}"
+    flags = _flags(source, flavour)
+    with _building():
+        return _made(out, [_version(), *_sources(source)], lambda part: [compiler, *flags, "-o", part])
+
+
+def _sources(source: Path) -> list[Path]:
+    """A program and what it may include."""
+    return [source, *sorted(source.parent.glob("*.h*"))]
 
 
 TRIPLE = "x86_64-unknown-linux-gnu"
@@ -184,23 +220,12 @@ def sanitized_program(source: Path) -> Path:
     """A program and the library in it, both sanitized."""
     archive = sanitized_archive()
     out = target_dir() / "capi/programs" / f"{source.stem}-all-sanitized"
-    out.parent.mkdir(parents=True, exist_ok=True)
     rest = [f for f in pkg_config("--cflags", "--libs", "--static") if f != "-lublk_rs"]
     # gcc brings the runtime; the compilers agree on what it is asked.
-    argv: list[str | Path] = [
-        "gcc",
-        "-std=c11",
-        "-O1",
-        "-g",
-        "-fsanitize=address",
-        source,
-        archive,
-        "-pthread",
-        *rest,
-        "-o",
-        out,
-    ]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CannotBuild(done.stderr)
-    return out
+    flags = ["-std=c11", "-O1", "-g", "-fsanitize=address"]
+    with _building():
+        return _made(
+            out,
+            [_version(), archive, *_sources(source)],
+            lambda part: ["gcc", *flags, source, archive, "-pthread", *rest, "-o", part],
+        )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import host, layout, wheel
+from ublk_rig import host, layout, parallel, wheel
 from ublk_rig.pool import Lease, Pool
 from ublk_rig.report import Tally
 from ublk_rig.watchdog import bounded
@@ -96,9 +96,12 @@ def pytest_configure(config: pytest.Config) -> None:
         name, text = re.split(r" {2,}", line.strip(), maxsplit=1)
         config.addinivalue_line("markers", f"{name}: {text}")
     try:
-        config.stash[_RIG] = Rig(config)
+        rig = config.stash[_RIG] = Rig(config)
     except kernels.KernelError as e:
         raise pytest.UsageError(str(e)) from e
+    if rig.on_host and parallel.is_controller(config):
+        raise pytest.UsageError("this host is one machine: without -n, or with --rig=qemu")
+    config.pluginmanager.register(parallel.Counting(rig.tally, rig.pool.boots))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -262,27 +265,15 @@ def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Count the phase; after the last, keep what explains a failure."""
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """After the last phase, keep what explains a failure."""
     report = yield
-    rig = item.config.stash[_RIG]
-    outcome = rig.tally.add(item.nodeid, kernel_of(item))
-    result = "xfailed" if hasattr(report, "wasxfail") and report.skipped else report.outcome
-    outcome.phase(report.when, result, call.duration, _reason(report))
-    outcome.properties.update(item.user_properties)
+    parallel.mark(report, kernel_of(item))
     item.stash[_FAILED] = report.failed or item.stash.get(_FAILED, False)
     given = item.stash.get(_GUEST, None)
     if given is not None:
-        _keep(rig, item, report, given)
+        _keep(item.config.stash[_RIG], item, report, given)
     return report
-
-
-def _reason(report: pytest.TestReport) -> str:
-    if isinstance(report.longrepr, tuple):
-        return str(report.longrepr[2])
-    return report.longreprtext.strip().splitlines()[-1] if report.failed and report.longreprtext.strip() else ""
 
 
 def _keep(rig: Rig, item: pytest.Item, report: pytest.TestReport, given: Guest) -> None:
@@ -316,6 +307,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     rig = session.config.stash[_RIG]
     rig.pool.close()
     if session.config.option.collectonly:
+        return
+    if parallel.is_worker(session.config):
+        parallel.hand_in(session.config, rig.tally, rig.pool.boots)
         return
     if rig.tally.complaints() and session.exitstatus in (
         pytest.ExitCode.OK,

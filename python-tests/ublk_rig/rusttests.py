@@ -104,4 +104,5 @@ def cases(workspace: Path) -> tuple[Case, ...]:
             found += [Case(binary, target["name"], name, name in ignored, package_dir) for name in names_here]
     if not found:
         raise BuildFailed(f"{workspace}: no test needs the feature {FEATURE}; expected some")
-    return tuple(found)
+    # Cargo tells of binaries as they are done; every process that collects has to find one order.
+    return tuple(sorted(found, key=lambda case: (case.package_dir, case.target)))

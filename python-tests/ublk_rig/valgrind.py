@@ -6,6 +6,7 @@ in the same cache, and run from there: it needs nothing but an old libc.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import re
 import shutil
@@ -59,7 +60,9 @@ def command() -> tuple[list[str], dict[str, str]]:
     cache = layout.cache_dir() / "valgrind"
     cache.mkdir(parents=True, exist_ok=True)
     try:
-        entry = next(iter(_entries(cache)), None) or _fetch(cache)
+        with (cache / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            entry = next(iter(_entries(cache)), None) or _fetch(cache)
     except (apt.AptError, subprocess.CalledProcessError, OSError) as e:
         raise NoValgrind(f"cannot fetch valgrind: {e}") from e
     env = {"VALGRIND_LIB": str(entry / "usr/libexec/valgrind")}

@@ -89,6 +89,7 @@ options! {
     MetadataOffset = c"integrity_pi_offset", NUMBER, c"0", c"where in each piece of metadata the protection information starts";
     MetadataTag = c"integrity_tag_size", NUMBER, c"0", c"bytes of the application's tag";
     MetadataReference = c"integrity_reference_tags", BOOL, c"no", c"the protection information counts blocks, which needs a checksum";
+    MetadataCapable = c"integrity_capable", BOOL, c"no", c"the server makes and verifies protection information itself, for those who ask sysfs";
     File = c"path", TEXT, c"", c"of the target file: the file or block device";
     Create = c"create", BOOL, c"no", c"of the target file: make a sparse file of size bytes if there is none";
     Direct = c"direct", BOOL, c"no", c"of the target file: go past the page cache";
@@ -311,7 +312,7 @@ impl Config {
             pi_offset: self.fit(Id::MetadataOffset)?.unwrap_or(0),
             tag_size: self.fit(Id::MetadataTag)?.unwrap_or(0),
             reference_tags: self.is(Id::MetadataReference),
-            capable: false,
+            capable: self.is(Id::MetadataCapable),
         }))
     }
 

@@ -41,7 +41,7 @@ fn has(features: Features) -> bool {
 struct Arrays(Aligned);
 
 impl Arrays {
-    const COUNT: u16 = 2;
+    const COUNT: u16 = 4;
     const BYTES: usize = 256;
 
     fn new(ring: &IoUring) -> Self {
@@ -210,23 +210,22 @@ fn the_driver_takes_a_batch_up_to_the_element_that_it_refuses() {
     }
     let mut server = Server::new(Features::BATCH_IO | Features::USER_COPY, DEPTH);
     let mut arrays = Arrays::new(&server.ring);
-    arrays.offer(0, 0);
-    arrays.offer(1, 1);
+    // One for each of the clients, who may all come before the first is looked at.
+    for number in 0..3 {
+        arrays.offer(number, number);
+    }
     let all: Vec<_> = (0..DEPTH).map(|tag| (tag, 0)).collect();
     let (prepare, commit) = (uapi::UBLK_U_IO_PREP_IO_CMDS, uapi::UBLK_U_IO_COMMIT_IO_CMDS);
     assert_eq!(server.batch(prepare, &all), 0);
     server.fetch_batches();
     server.start();
     let mut tags = Vec::new();
-    let mut tail = 2;
     let clients: Vec<_> = (0..3).map(|block| server.client(block)).collect();
     while tags.len() < 3 {
         let fetched = server.next(SOON).expect("requests");
         assert_eq!(fetched.user_data(), FETCH);
         let array = cqueue::buffer_select(fetched.flags()).expect("an array");
         tags.extend(arrays.tags(array, fetched.result() as usize));
-        arrays.offer(tail, array);
-        tail += 1;
         if !cqueue::more(fetched.flags()) {
             server.fetch_batches();
         }

@@ -50,12 +50,17 @@ def test_list_delete_and_features() -> None:
     assert devices[0].wait(10) is True
     for device in devices:
         device.stop()
-    # One whose server was killed.
+    # One whose server was killed. Once it has started: it is live before, and a kill then is a dead end of Linux 6.12.
+    started, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         ublk.Device(Ram(), id=40).start()
+        os.write(tell, b".")
         signal.pause()
-    until(lambda: [i for i in ublk.list() if i.id == 40 and i.state == "live"])
+    assert os.read(started, 1) == b"."
+    os.close(started)
+    os.close(tell)
+    assert [i.state for i in ublk.list() if i.id == 40] == ["live"]
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     until(lambda: ublk.list()[0].state == "dead")

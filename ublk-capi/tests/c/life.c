@@ -248,11 +248,84 @@ static void zoned(void) {
     stopped(device);
 }
 
+/* 8 bytes of metadata beside each 512 of the data; of 0xff where nothing is protected. */
+enum { INTERVAL = 512, TUPLE = 8 };
+static unsigned char tuples[SIZE / INTERVAL * TUPLE];
+static int protected_writes, protected_reads;
+
+static int integrity_submit(void *user, ublk_rs_device *device, uint64_t request, const ublk_rs_io *io) {
+    unsigned char *data = (unsigned char *)user + io->offset, *tuple = tuples + io->offset / INTERVAL * TUPLE;
+    void *buf;
+    size_t length, count = io->length / INTERVAL * TUPLE;
+    if (io->op != UBLK_RS_OP_READ && io->op != UBLK_RS_OP_WRITE) return -EOPNOTSUPP;
+    EQUAL((io->flags & UBLK_RS_FLAG_INTEGRITY) != 0, io->metadata_length != 0);
+    EQUAL(ublk_rs_request_buffer(device, request, &buf, &length), 0);
+    EQUAL(length, io->length);
+    if (io->op == UBLK_RS_OP_READ) {
+        memcpy(buf, data, length);
+        if (io->metadata_length != 0) {
+            EQUAL(io->metadata_length, count);
+            EQUAL(ublk_rs_request_put_metadata(device, request, tuple, count + 1), -EINVAL);
+            EQUAL(ublk_rs_request_metadata(device, request, tuple, count), -EINVAL); /* of writes only */
+            EQUAL(ublk_rs_request_put_metadata(device, request, tuple, count), 0);
+            protected_reads++;
+        }
+        return ublk_rs_request_complete(device, request, 0);
+    }
+    memcpy(data, buf, length);
+    memset(tuple, 0xff, count);
+    if (io->metadata_length != 0) {
+        EQUAL(io->metadata_length, count);
+        EQUAL(ublk_rs_request_metadata(device, request, tuple, count - 1), -EINVAL);
+        EQUAL(ublk_rs_request_put_metadata(device, request, tuple, count), -EINVAL); /* of reads only */
+        EQUAL(ublk_rs_request_metadata(device, request, tuple, count), 0);
+        protected_writes++;
+    }
+    return ublk_rs_request_complete(device, request, 0);
+}
+
+static void integrity(void) {
+    const ublk_rs_backend backend = {.size = sizeof backend, .submit = integrity_submit};
+    enum { WHERE = 8 << 20 };
+    unsigned char *first_tuple = tuples + WHERE / INTERVAL * TUPLE, first = 0;
+    ublk_rs_device *device = NULL;
+    memset(tuples, 0xff, sizeof tuples);
+    WORKS(ublk_rs_device_new(SIZE, &backend, memory, &device, error));
+    WORKS(ublk_rs_device_set(device, "integrity_metadata_size", "8", error));
+    WORKS(ublk_rs_device_set(device, "integrity_checksum", "t10dif", error));
+    WORKS(ublk_rs_device_set(device, "integrity_reference_tags", "yes", error));
+    int code = ublk_rs_device_start(device, error);
+    if (unsupported(code)) {
+        EQUAL(ublk_rs_device_free(device), 0);
+        return;
+    }
+    const char *path = ublk_rs_device_path(device);
+    EQUAL(disk_io(path, 1, WHERE, 0x77, NULL), 0);
+    CHECK(protected_writes > 0);
+    /* The kernel's: a checksum of 0x77s, a tag, and the number of the interval. */
+    for (unsigned i = 0; i < BLOCK / INTERVAL; i++) {
+        const unsigned char *tuple = first_tuple + i * TUPLE;
+        EQUAL(tuple[4] << 24 | tuple[5] << 16 | tuple[6] << 8 | tuple[7], WHERE / INTERVAL + i);
+        EQUAL(memcmp(tuple, first_tuple, 2), 0);
+    }
+    EQUAL(disk_io(path, 0, WHERE, 0, &first), 0);
+    EQUAL(first, 0x77);
+    CHECK(protected_reads > 0);
+    EQUAL(disk_io(path, 0, 0, 0, &first), 0); /* never written, not protected */
+    memory[WHERE + 5] ^= 1;
+    EQUAL(disk_io(path, 0, WHERE, 0, NULL), EILSEQ);
+    memory[WHERE + 5] ^= 1;
+    EQUAL(disk_io(path, 0, WHERE, 0, NULL), 0);
+    first_tuple[TUPLE + 7] ^= 1;
+    EQUAL(disk_io(path, 0, WHERE, 0, NULL), EILSEQ);
+    stopped(device);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
-} CASES[] = {{"resize", resize},   {"hand-over", hand_over}, {"killed", killed},
-             {"quiesce", quiesce}, {"share", share},         {"zoned", zoned}};
+} CASES[] = {{"resize", resize}, {"hand-over", hand_over}, {"killed", killed},      {"quiesce", quiesce},
+             {"share", share},   {"zoned", zoned},         {"integrity", integrity}};
 
 int main(int argc, char **argv) {
     int descriptors = entries("/proc/self/fd", ""), ran = 0;
