@@ -636,9 +636,9 @@ class Device:
         """Has the data of clients' direct I/O from and to this memory used where it is, without a copy by the driver,
         and returns the buffer's number with this device. Takes ``require=["SHMEM_ZC"]``, and Linux 7.1.
 
-        The memory stays locked until `unshare` or the end of the device. All other I/O goes on as before. What a client
-        writes to the memory while a request is in progress, ready-made backends see as it comes; Python ones get a
-        copy.
+        The memory stays locked until `unshare` or the end of the device. All other I/O goes on as before. What a
+        client writes to the memory while a request is in progress, ready-made backends see as it comes; Python ones
+        get a copy.
 
         Raises:
             OSError: The device has not the feature; a part of the memory is shared already (EEXIST).
