@@ -6,8 +6,12 @@ import asyncio
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ublk
@@ -27,7 +31,7 @@ from tests.py_guest.disks import (
     read_error,
     until,
 )
-from ublk_rig.pyguest import limit
+from ublk_rig.pyguest import NotRun, limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -338,3 +342,27 @@ def test_a_cancelled_start_and_a_cancelled_stop_do_not_wait() -> None:
                 assert device.state == "live"
 
     asyncio.run(main())
+
+
+def test_a_signal_ends_a_script_that_is_being_started() -> None:
+    if has("NO_AUTO_PART_SCAN"):
+        raise NotRun("START does not wait for the look for partitions, nor can a script's disk be zoned")
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "held.py")
+        script.write_text(
+            "import threading\nsize = 1 << 20\n"
+            "def pread(buf, offset):\n    print('held', flush=True)\n    threading.Event().wait(60)\n"
+        )
+        with subprocess.Popen(
+            [sys.executable, "-m", "ublk", "serve", script, "--threads", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "held\n"
+            server.send_signal(signal.SIGTERM)
+            _, said = server.communicate(timeout=30 * SCALE)
+        assert (server.returncode, "Traceback" in said) == (0, False), said
+    assert ublk.list() == []

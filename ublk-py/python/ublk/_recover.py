@@ -10,7 +10,7 @@ from ublk._device import Device
 if TYPE_CHECKING:
     from ublk._backend import AnyBackend
 
-__all__ = ["recover"]
+__all__ = ["recover", "taken_over"]
 
 
 class _Recovered(Device):
@@ -59,9 +59,14 @@ def recover(
     ...     error.filename
     '/dev/ublkc99'
     """
+    return taken_over(id, backend, force=force, **options).start()
+
+
+def taken_over(number: int, backend: AnyBackend, *, force: bool = False, **options: Any) -> Device:  # noqa: ANN401
+    """A device whose start takes over another one."""
     if "size" not in options and getattr(backend, "size", None) is None:
-        options["size"] = _size_of(id)
-    return _Recovered(backend, id, force=force, **options).start()
+        options["size"] = _size_of(number)
+    return _Recovered(backend, number, force=force, **options)
 
 
 def _size_of(number: int) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ublk._device import Device
-from ublk._recover import recover
+from ublk._recover import taken_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -138,7 +138,9 @@ async def _serve(backend: AnyBackend, options: dict[str, Any], taken_over: int |
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, heard)
-    device = await _start(backend, options, taken_over)
+    device = await _start(backend, options, taken_over, asked)
+    if device is None:
+        return 0
     print(device.path, flush=True)
     status = 0
     try:
@@ -148,11 +150,20 @@ async def _serve(backend: AnyBackend, options: dict[str, Any], taken_over: int |
     return status
 
 
-async def _start(backend: AnyBackend, options: dict[str, Any], taken_over: int | None) -> Device:
-    if taken_over is None:
-        return await Device(backend, **options).start_async()
-    # What has a loop of its own needs none of ours; this one waits for nothing else yet.
-    return await asyncio.to_thread(recover, taken_over, backend, **options)
+async def _start(
+    backend: AnyBackend, options: dict[str, Any], number: int | None, asked: asyncio.Event
+) -> Device | None:
+    """None if it was given up for a signal."""
+    device = Device(backend, **options) if number is None else taken_over(number, backend, **options)
+    start, stop = asyncio.ensure_future(device.start_async()), asyncio.ensure_future(asked.wait())
+    await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
+    stop.cancel()
+    if not start.done():
+        start.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await start
+        return None
+    return await start
 
 
 async def _first(*coroutines: Coroutine[object, object, object]) -> None:
