@@ -298,23 +298,26 @@ impl Device {
     fn hand_over(&self, py: Python<'_>, timeout: f64) -> PyResult<()> {
         self.check_thread("hand the device over")?;
         let within = seconds("timeout", timeout)?;
-        let handed = py.detach(|| {
-            let Some(running) = self.running().take() else {
+        let (running, pool, id) = (Arc::clone(&self.running), self.pool.clone(), self.handle.id());
+        // Nothing takes it back: whoever gives it up leaves it to its end.
+        let handed = interruptible(py, &CancelToken::new(), move || {
+            let lock = || running.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some(taken) = lock().take() else {
                 return Err(Error::new(ErrorKind::WrongState, "hand the device over")
-                    .on_device(self.handle.id())
+                    .on_device(id)
                     .because("it has been stopped or handed over"));
             };
-            match running.hand_over(within) {
+            match taken.hand_over(within) {
                 Ok(()) => {
-                    end_pool(self.pool.as_deref(), PATIENCE);
+                    end_pool(pool.as_deref(), PATIENCE);
                     Ok(())
                 }
                 Err(failed) => {
-                    *self.running() = Some(failed.device);
+                    *lock() = Some(failed.device);
                     Err(failed.error)
                 }
             }
-        });
+        })?;
         handed.or_raise(py)
     }
 

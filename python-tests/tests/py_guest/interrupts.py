@@ -24,6 +24,7 @@ from tests.py_guest.disks import (
     error_of,
     gone,
     has,
+    needs,
     opened,
     raised,
     read,
@@ -313,6 +314,40 @@ def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> No
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     with contextlib.suppress(FileNotFoundError):
         ublk.delete(5)
+    assert ublk.list() == []
+
+
+def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
+    needs("QUIESCE")
+    held = Held()
+    held.closed = False
+    device = ublk.Device(held, recovery="wait").start()
+    held.closed = True
+    held.arrived.clear()
+    seen: list[bytes] = []
+    client = threading.Thread(target=lambda: seen.append(read(device.path)))
+    client.start()
+    held.arrived.wait(60)
+    began = time.monotonic()
+
+    def twice() -> None:
+        until(lambda: time.monotonic() > began + 0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+        # The first one waits for what comes of it, ten seconds.
+        time.sleep(0.1)
+
+    with interrupted(twice, seconds=SCALE):
+        raised(KeyboardInterrupt, lambda: device.hand_over(60))
+    held.closed = False
+    for request in held.requests:
+        request.complete()
+    client.join()
+    assert seen == [bytes(BLOCK)]
+    until(lambda: [info.state for info in ublk.list()] == ["quiesced"])
+    # It is the next server's.
+    device.stop()
+    assert device.state == "stopped"
+    ublk.recover(device.id, held).stop()
     assert ublk.list() == []
 
 

@@ -542,7 +542,13 @@ class Device:
         """  # noqa: D205
         self._check_loop("hand_over")
         native = self._require_live("hand the device over")
-        native.hand_over(timeout)
+        try:
+            native.hand_over(timeout)
+        except BaseException:
+            # Interrupted, or the backend did not answer, when it had gone already.
+            if native.has_ended():
+                self._over(native)
+            raise
         self._over(native)
 
     def halt(self, timeout: float = 30.0) -> None:
