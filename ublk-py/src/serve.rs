@@ -55,7 +55,7 @@ impl QueueHandler for Handler {
         let Server { calls, sink, way } = &self.server;
         let calling = matches!(way, Way::Inline | Way::Raw);
         if calling {
-            self.pace.begin(context.remaining());
+            self.pace.begin(context.remaining(), || context.clock());
         }
         match way {
             Way::Inline => Python::attach(|py| {
@@ -80,7 +80,7 @@ impl QueueHandler for Handler {
                 }
             }),
         }
-        if calling && self.pace.must_commit(context.remaining()) {
+        if calling && self.pace.must_commit(context.remaining(), || context.clock()) {
             context.commit();
         }
     }

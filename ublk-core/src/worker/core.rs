@@ -396,6 +396,11 @@ impl Core {
         self.finished = finished;
     }
 
+    /// The worker's clock.
+    pub(crate) fn now(&mut self) -> Stamp {
+        self.clock.now()
+    }
+
     /// Commits what was collected for batches.
     fn flush(&mut self) {
         if self.batched == 0 {
