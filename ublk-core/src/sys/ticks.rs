@@ -22,8 +22,8 @@ fn is_invariant() -> bool {
     const POWER: u32 = 0x8000_0007;
     /// In EDX.
     const INVARIANT_TSC: u32 = 1 << 8;
+    #[allow(unused_unsafe, reason = "safe in newer toolchains")]
     // SAFETY: every x86-64 processor has the instruction, which changes nothing.
-    #[allow(unused_unsafe)] // it is a safe function in newer toolchains
     let (highest, power) = unsafe { (__cpuid(EXTENDED).eax, __cpuid(POWER).edx) };
     highest >= POWER && power & INVARIANT_TSC != 0
 }

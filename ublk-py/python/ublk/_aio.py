@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ublk._native import Inbox
 
@@ -95,12 +95,12 @@ class Courier:
                 # What needs no wait is done at once.
                 asyncio.Task(self._serve(request), loop=loop, eager_start=True)
             else:
-                loop.create_task(self._serve(request))  # noqa: RUF006  # the loop keeps it until it runs
+                loop.create_task(self._serve(request))  # the loop keeps it until it runs
 
     async def _serve(self, request: Request) -> None:
         task = asyncio.current_task(self._loop)
         assert task is not None
-        # The loop keeps a task only while it is about to run. Not by a callback of the task's: that is a round of the loop.
+        # The loop keeps a task only while it is about to run. A callback of the task's would be one more round of it.
         self._tasks.add(task)
         try:
             result = self._call(request)
