@@ -216,6 +216,7 @@ fn scaled(ticks: u64, rate: u64) -> u64 {
     u64::try_from(wide).unwrap_or(u64::MAX)
 }
 
-#[cfg(test)]
+// Not for Miri: a million steps of safe arithmetic.
+#[cfg(all(test, not(miri)))]
 #[path = "clock_tests.rs"]
 mod tests;
