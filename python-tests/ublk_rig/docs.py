@@ -61,6 +61,8 @@ def _members(cls: type, name: str) -> Iterator[Documented]:
     for member, thing in vars(cls).items():
         if member.startswith("_") or member in fields:
             continue
+        if isinstance(thing, (staticmethod, classmethod)):
+            thing = thing.__func__  # noqa: PLW2901
         if inspect.isroutine(thing) or isinstance(thing, property) or inspect.isdatadescriptor(thing):
             yield Documented(f"{name}.{member}", inspect.getdoc(thing) or "")
 

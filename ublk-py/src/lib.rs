@@ -2,8 +2,8 @@
 //!
 //! * [`calls`] calls a Python backend's methods and turns what they do into a request's answer;
 //! * [`buffer`] shows requests' memory to Python;
-//! * [`serve`] has the ways from a worker to those calls: on the worker itself, on a pool of threads, by an asyncio
-//!   loop, or the raw requests ([`request`]);
+//! * [`serve`] has the ways from a worker to those calls: on the worker itself, on a [`pool`] of threads, by an asyncio
+//!   loop ([`line`]), or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
 //! * [`options`], [`device`], [`halted`], [`share`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
@@ -18,6 +18,7 @@ mod errors;
 mod faults;
 mod halted;
 mod interrupt;
+mod line;
 mod log;
 mod machine;
 mod options;
@@ -50,6 +51,8 @@ mod _native {
     #[pymodule_export]
     use super::interrupt::Token;
     #[pymodule_export]
+    use super::line::Inbox;
+    #[pymodule_export]
     use super::log::{close_log, forked, next_record};
     #[pymodule_export]
     use super::machine::{delete, feature_names, features, list_devices};
@@ -57,8 +60,6 @@ mod _native {
     use super::options::Spec;
     #[pymodule_export]
     use super::request::Request;
-    #[pymodule_export]
-    use super::serve::Inbox;
     #[pymodule_export]
     use super::share::SharedBuffer;
     #[pymodule_export]

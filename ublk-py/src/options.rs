@@ -15,8 +15,9 @@ use crate::calls::{Calls, Sink};
 use crate::device::{Device, Workers};
 use crate::errors::{OrRaise, StateError};
 use crate::interrupt::{Token, interruptible};
+use crate::line::Inbox;
 use crate::pool::Pool;
-use crate::serve::{Inbox, Server, Way};
+use crate::serve::{Server, Way};
 use crate::targets::ready_made;
 
 /// A device's description; `start` or `recover` uses it up.
@@ -264,8 +265,8 @@ fn python(
     let theirs = server.clone();
     let builder = Builder::with_handlers(size, able, move |_queue| theirs.handler());
     Ok(match server.way {
-        // Its workers run no Python.
-        Way::Threads(_) => (builder, server),
+        // Their workers run no Python.
+        Way::Threads(_) | Way::Loop(_) => (builder, server),
         _ => (builder.attendant(Arc::new(Interpreter)), server),
     })
 }

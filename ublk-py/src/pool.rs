@@ -62,8 +62,12 @@ impl Pool {
 
     /// As many threads as there are requests for.
     pub(crate) fn wake(&self) {
-        let state = self.lock();
-        for _ in 0..state.idle.min(state.waiting.len()) {
+        let wanted = {
+            let state = self.lock();
+            state.idle.min(state.waiting.len())
+        };
+        // Not under the lock, which is what they would wait for next.
+        for _ in 0..wanted {
             self.changed.notify_one();
         }
     }

@@ -1,15 +1,13 @@
 //! The ways from a worker to a Python backend.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use pyo3::intern;
 use pyo3::prelude::*;
 use ublk_core::{QueueContext, QueueHandler, Request as Inner};
 
 use crate::buffer::Spares;
 use crate::calls::{Calls, Sink, answer};
-use crate::errors::StateError;
+use crate::line::Line;
 use crate::log;
 use crate::pace::Pace;
 use crate::pool::Pool;
@@ -55,7 +53,7 @@ impl QueueHandler for Handler {
         let Server { calls, sink, way } = &self.server;
         let calling = matches!(way, Way::Inline | Way::Raw);
         if calling {
-            self.pace.begin(context.remaining());
+            self.pace.begin(context.remaining(), || context.clock());
         }
         match way {
             Way::Inline => Python::attach(|py| {
@@ -80,7 +78,7 @@ impl QueueHandler for Handler {
                 }
             }),
         }
-        if calling && self.pace.must_commit(context.remaining()) {
+        if calling && self.pace.must_commit(context.remaining(), || context.clock()) {
             context.commit();
         }
     }
@@ -91,119 +89,5 @@ impl QueueHandler for Handler {
             Way::Loop(line) => line.wake(),
             Way::Inline | Way::Raw => self.pace.end(),
         }
-    }
-}
-
-/// Requests on their way to an asyncio loop: one call of the loop for all that came in a turn.
-pub(crate) struct Line {
-    waiting: Mutex<Vec<Inner>>,
-    /// The loop was told, and has not come yet.
-    told: AtomicBool,
-    tell: Mutex<Tell>,
-    complained: AtomicBool,
-}
-
-/// Who is to be told. Locked by threads only that are attached to the interpreter.
-enum Tell {
-    /// Nobody yet: requests wait.
-    Later,
-    /// `loop.call_soon_threadsafe`, and what it is to call.
-    By(Py<PyAny>, Py<PyAny>),
-    /// Nobody any more.
-    Over,
-}
-
-impl Line {
-    fn push(&self, request: Inner) {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).push(request);
-    }
-
-    fn wake(&self) {
-        if self.told.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        Python::attach(|py| {
-            let tell = match &*self.tell.lock().unwrap_or_else(PoisonError::into_inner) {
-                Tell::Later => return,
-                Tell::By(tell, what) => Some((tell.clone_ref(py), what.clone_ref(py))),
-                Tell::Over => None,
-            };
-            let told = match tell {
-                Some((tell, what)) => tell.bind(py).call1((what,)).map(drop),
-                None => Err(StateError::new_err("the device has ended")),
-            };
-            if let Err(error) = told {
-                // The loop is closed: nobody will ever come.
-                self.told.store(false, Ordering::SeqCst);
-                let left = std::mem::take(
-                    &mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner),
-                );
-                drop(left);
-                if !self.complained.swap(true, Ordering::SeqCst) {
-                    let what = "the event loop takes no requests any more: the clients get EIO";
-                    log::exception(py, what.into(), &error);
-                }
-            }
-        });
-    }
-
-    fn take(&self) -> Vec<Inner> {
-        // First, so that what comes from here on tells anew.
-        self.told.store(false, Ordering::SeqCst);
-        std::mem::take(&mut *self.waiting.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-/// The loop's end of the line.
-#[pyclass(frozen, module = "ublk._native")]
-pub(crate) struct Inbox {
-    pub(crate) line: Arc<Line>,
-    pub(crate) sink: Arc<Sink>,
-}
-
-impl Inbox {
-    fn tell(&self) -> MutexGuard<'_, Tell> {
-        self.line.tell.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-#[pymethods]
-impl Inbox {
-    /// Until [`connect`](Self::connect) requests wait.
-    #[new]
-    fn new() -> Self {
-        let line = Line {
-            waiting: Mutex::default(),
-            told: AtomicBool::new(false),
-            tell: Mutex::new(Tell::Later),
-            complained: AtomicBool::new(false),
-        };
-        Inbox { line: Arc::new(line), sink: Arc::default() }
-    }
-
-    /// From now on `event_loop` calls `callback` when requests have come.
-    fn connect(
-        &self,
-        py: Python<'_>,
-        event_loop: &Bound<'_, PyAny>,
-        callback: Py<PyAny>,
-    ) -> PyResult<()> {
-        let tell = event_loop.getattr(intern!(py, "call_soon_threadsafe"))?.unbind();
-        *self.tell() = Tell::By(tell, callback);
-        self.line.told.store(false, Ordering::SeqCst);
-        self.line.wake();
-        Ok(())
-    }
-
-    /// From now on nobody is called: the loop, and what serves there, are not kept any longer.
-    fn disconnect(&self) {
-        let before = std::mem::replace(&mut *self.tell(), Tell::Over);
-        drop(before);
-    }
-
-    /// The requests that have come.
-    fn take(&self, py: Python<'_>) -> PyResult<Vec<Request>> {
-        let taken = self.line.take();
-        taken.into_iter().map(|inner| Request::new(py, inner, Arc::clone(&self.sink))).collect()
     }
 }

@@ -126,6 +126,30 @@ class HeldZonesByLoop(HeldZones):
         return []
 
 
+# Away from where the kernel looks for partitions, by now or later.
+FAR = MIB // 2
+
+
+class FarHeld(Held):
+    """Holds what is there only."""
+
+    def handle(self, request: ublk.Request) -> None:
+        """Keeps it, or answers it."""
+        if request.offset >= FAR:
+            super().handle(request)
+        else:
+            request.complete()
+
+
+class FarGate(Gate):
+    """Holds what is there only."""
+
+    def pread(self, buf: memoryview, offset: int) -> None:
+        """Waits there."""
+        if offset >= FAR:
+            super().pread(buf, offset)
+
+
 def _closed_gate() -> Gate:
     gate = Gate()
     gate.closed = True
@@ -236,13 +260,15 @@ def test_ctrl_c_in_a_stop_leaves_a_disk_that_is_in_use() -> None:
 
 @limit(60)
 def test_ctrl_c_in_a_stop_that_waits_for_the_backend_ends_it() -> None:
-    for backend, options in ((Held(), {}), (_closed_gate(), {"threads": 1})):
+    for backend, options in ((FarHeld(), {}), (FarGate(), {"threads": 1})):
         backend.closed = False  # type: ignore[attr-defined]
         device = ublk.Device(backend, **options).start()  # type: ignore[arg-type]
         backend.closed = True  # type: ignore[attr-defined]
         backend.arrived.clear()  # type: ignore[attr-defined]
         errors: list[str | None] = []
-        client = threading.Thread(target=lambda device=device, errors=errors: errors.append(read_error(device.path)))
+        client = threading.Thread(
+            target=lambda device=device, errors=errors: errors.append(read_error(device.path, FAR))
+        )
         client.start()
         backend.arrived.wait(60)  # type: ignore[attr-defined]
         began = time.monotonic()

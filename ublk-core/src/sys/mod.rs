@@ -7,3 +7,4 @@ pub(crate) mod fork;
 pub(crate) mod memory;
 pub(crate) mod shared_memory;
 pub(crate) mod thread;
+mod ticks;

@@ -22,7 +22,7 @@ use super::queue::{Ending, Events, Overdue, Queue, Start};
 use super::slot::{Place, Slot};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::request::Request;
-use crate::sys::clock::Stamp;
+use crate::sys::clock::{Clock, Stamp};
 use crate::uring::sqe::Target;
 use crate::uring::worker_ring::{Size, WorkerRing};
 
@@ -142,6 +142,7 @@ pub(crate) struct Core {
     idle_after: Box<io_uring::types::Timespec>,
     idle_armed: bool,
     closing: bool,
+    clock: Clock,
 }
 
 impl Core {
@@ -165,6 +166,7 @@ impl Core {
             idle_after: Box::new(io_uring::types::Timespec::from(IDLE)),
             idle_armed: false,
             closing: false,
+            clock: Clock::new(),
         })
     }
 
@@ -370,7 +372,7 @@ impl Core {
         if self.settled.is_empty() {
             return;
         }
-        let now = Stamp::now();
+        let now = self.clock.now();
         let mut settled = std::mem::take(&mut self.settled);
         for slot in settled.drain(..) {
             self.settle_one(slot, now);
@@ -392,6 +394,11 @@ impl Core {
             let _ = self.enter(0);
         }
         self.finished = finished;
+    }
+
+    /// The worker's clock.
+    pub(crate) fn now(&mut self) -> Stamp {
+        self.clock.now()
     }
 
     /// Commits what was collected for batches.
@@ -514,7 +521,7 @@ impl Core {
         harvest.wakers.append(&mut self.parked);
         let mut now = None;
         let mut idle = false;
-        let Core { ring, queues, operations, settled, bell_armed, idle_armed, .. } = self;
+        let Core { ring, queues, operations, settled, bell_armed, idle_armed, clock, .. } = self;
         let mut again = Vec::new();
         let mut tags = Vec::new();
         let mut hand_over = false;
@@ -527,7 +534,7 @@ impl Core {
                 match PerTag::interpret(result) {
                     Arrived::NeedsBuffer => again.extend(queue.needs_buffer(tag)),
                     Arrived::Request => {
-                        let now = *now.get_or_insert_with(Stamp::now);
+                        let now = *now.get_or_insert_with(|| clock.now());
                         match queue.arrived(tag, now) {
                             Ok(request) => harvest.requests.push((key, request)),
                             Err(slot) => settled.extend(slot),
@@ -550,7 +557,7 @@ impl Core {
                 hand_over |= fetched.again.is_some() && queue.is_shared();
                 again.extend(fetched.again);
                 for tag in tags.drain(..) {
-                    let now = *now.get_or_insert_with(Stamp::now);
+                    let now = *now.get_or_insert_with(|| clock.now());
                     match queue.arrived(tag, now) {
                         Ok(request) => harvest.requests.push((key, request)),
                         Err(slot) => settled.extend(slot),

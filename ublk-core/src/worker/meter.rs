@@ -171,7 +171,7 @@ impl Meter {
 }
 
 /// How long requests took, from their arrival at the server to their commit, as a histogram whose buckets
-/// are at most 12.5 % wide.
+/// are at most 12.5 % wide. By the worker's clock: see [`QueueContext::clock`](crate::QueueContext::clock).
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Latency {
     counts: Vec<u64>,

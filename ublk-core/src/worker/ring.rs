@@ -20,6 +20,7 @@ use super::operations::{Hold, Keep};
 use super::portal;
 use crate::error::Errno;
 use crate::request::{Op, Request};
+use crate::sys::clock::Stamp;
 use crate::uring::sqe::Target;
 
 /// A buffer that can be lent to the kernel: owned, and at an address that does not change when the owner
@@ -122,6 +123,14 @@ impl Ring {
     pub(crate) fn commit(&self) {
         if let Some(mut core) = self.shared.lock() {
             core.commit_finished();
+        }
+    }
+
+    /// The worker's clock.
+    pub(crate) fn now(&self) -> Stamp {
+        match self.shared.lock() {
+            Some(mut core) => core.now(),
+            None => Stamp::now(),
         }
     }
 

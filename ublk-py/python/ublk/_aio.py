@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ublk._native import Inbox
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from ublk._backend import Found
     from ublk._native import Request
 
@@ -31,9 +29,10 @@ class Courier:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From now on requests are served by this loop."""
+        """From now on requests are served by this loop, whose thread calls this."""
         self._loop = loop
-        self.inbox.connect(loop, self._drain)
+        # Nobody else keeps the reader: its end is how the inbox learns that the loop was closed.
+        loop.add_reader(self.inbox.fileno(), self.inbox.reader(self._drain))
 
     def run(self, name: str) -> None:
         """Runs a loop of its own on a thread, until `end`."""
@@ -42,7 +41,7 @@ class Courier:
 
         async def serve() -> None:
             self._stop = asyncio.Event()
-            self._loop = asyncio.get_running_loop()
+            self.attach(asyncio.get_running_loop())
             ready.set()
             await self._stop.wait()
 
@@ -62,7 +61,6 @@ class Courier:
         ready.wait()
         if self._loop is None:
             raise failed[0]
-        self.attach(self._loop)
 
     def end(self, within: float) -> bool:
         """Ends a loop of its own. False if it did not end in time."""
@@ -74,33 +72,36 @@ class Courier:
 
     def dismiss(self) -> None:
         """Has a loop of its own end, and does not wait for that. There are no more requests."""
-        self.inbox.disconnect()
-        if self._thread is not None and self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(self._stop.set)
+        first = self.inbox.close()
+        loop = self._loop
+        if loop is None:
+            return
+        with contextlib.suppress(RuntimeError):  # it has ended already
+            if first:
+                # Once: by then the number may be another file's.
+                loop.call_soon_threadsafe(loop.remove_reader, self.inbox.fileno())
+            if self._thread is not None:
+                loop.call_soon_threadsafe(self._stop.set)
 
     def is_serving_thread(self) -> bool:
         """Whether the caller is on the loop that serves."""
         return self._loop is not None and asyncio._get_running_loop() is self._loop  # noqa: SLF001
 
-    def _drain(self) -> None:
-        for request in self.inbox.take():
-            self._spawn(self._serve(request))
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _drain(self, requests: list[Request]) -> None:
         loop = self._loop
-        if sys.version_info >= (3, 12):
-            # What needs no wait is done at once.
-            task = asyncio.Task(coroutine, loop=loop, eager_start=True)
-            if task.done():
-                return
-        else:
-            assert loop is not None
-            task = loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        assert loop is not None
+        for request in requests:
+            if sys.version_info >= (3, 12):
+                # What needs no wait is done at once.
+                asyncio.Task(self._serve(request), loop=loop, eager_start=True)
+            else:
+                loop.create_task(self._serve(request))  # the loop keeps it until it runs
 
     async def _serve(self, request: Request) -> None:
+        task = asyncio.current_task(self._loop)
+        assert task is not None
+        # The loop keeps a task only while it is about to run. A callback of the task's would be one more round of it.
+        self._tasks.add(task)
         try:
             result = self._call(request)
             if asyncio.iscoroutine(result) or hasattr(result, "__await__"):
@@ -110,6 +111,8 @@ class Courier:
         else:
             if not self._raw:
                 request._returned(result)  # noqa: SLF001
+        finally:
+            self._tasks.discard(task)
 
     def _call(self, request: Request) -> object:
         if self._raw:
