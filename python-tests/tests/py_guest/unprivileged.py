@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import signal
 import subprocess
-import sys
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,23 +23,27 @@ if TYPE_CHECKING:
 OWNER, STRANGER, GROUP = 1000, 1001, 1000
 RULES = Path("/etc/udev/rules.d/80-ublk.rules")
 HELPER = Path("/usr/lib/udev/ublk_chown")
-# In place of the helper of docs/unprivileged.md, which is a program in Rust that has to be built: it asks the driver, too.
-CHOWN = """\
-#!{python} -I
-import os, sys
-sys.path[:0] = {path!r}
-import ublk
-number = int(sys.argv[1].removeprefix("ublkc").removeprefix("ublkb"))
-owner = next(info.owner for info in ublk.list() if info.id == number)
-if owner != (0, 0):
-    os.chown("/dev/" + sys.argv[1], *owner)
-"""
+# In place of the helper of docs/unprivileged.md, a program in Rust that has to be built: it has a process that is there
+# already ask the driver, because an emulated processor takes seconds to start an interpreter.
+NAMES = Path("/run/ublk-names")
+CHOWN = f"#!/bin/sh\necho $1 > {NAMES}\n"
 # The guest may have got its root by chroot, where these programs do nothing unless told.
 UDEV = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
 
 
 def _udevadm(*words: str) -> bool:
     return subprocess.run(["udevadm", *words], env=UDEV, check=False, capture_output=True).returncode == 0
+
+
+def _give() -> None:
+    """Gives nodes to whom the driver says, for ever."""
+    # Also for writing, so that there is always somebody who may write.
+    with open(os.open(NAMES, os.O_RDWR)) as names:
+        for name in map(str.strip, names):
+            owners = [info.owner for info in ublk.list() if name in {f"ublkc{info.id}", f"ublkb{info.id}"}]
+            # Those of root are left alone.
+            if owners and owners[0] != (0, 0):
+                os.chown(f"/dev/{name}", *owners[0])
 
 
 @contextlib.contextmanager
@@ -50,8 +54,15 @@ def _udev() -> Iterator[None]:
         groups.write_text(groups.read_text() + f"ublk:x:{GROUP}:\n")
     RULES.parent.mkdir(parents=True, exist_ok=True)
     RULES.write_bytes((layout.TREE / "udev/80-ublk.rules").read_bytes())
-    HELPER.write_text(CHOWN.format(python=sys.executable, path=[str(Path(ublk.__file__).parent.parent)]))
+    HELPER.write_text(CHOWN)
     HELPER.chmod(0o755)
+    os.mkfifo(NAMES)
+    giver = os.fork()
+    if giver == 0:
+        try:
+            _give()
+        finally:
+            os._exit(1)
     udevd = subprocess.Popen(["/lib/systemd/systemd-udevd"], env=UDEV, stderr=subprocess.DEVNULL)
     try:
         until(lambda: _udevadm("control", "--ping", "--timeout=5"), 30)
@@ -61,6 +72,9 @@ def _udev() -> Iterator[None]:
     finally:
         udevd.kill()
         udevd.wait()
+        os.kill(giver, signal.SIGKILL)
+        os.waitpid(giver, 0)
+        NAMES.unlink()
         RULES.unlink()
         HELPER.unlink()
 
