@@ -586,18 +586,18 @@ impl WriteCache {
         targets::trim(py, &self.calls, count, offset)
     }
 
-    /// Makes a range read as zeroes. Bytes.
+    /// Makes a range read as zeroes. Bytes, a multiple of 512 as all ranges of a cache.
     ///
     /// Raises:
     ///     OSError: The power is off (EIO); or what the backend behind says.
     ///
     /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
-    /// >>> buf = bytearray(4)
-    /// >>> disk.pwrite(b"data", 0)
-    /// >>> disk.zero(2, 0)
+    /// >>> buf = bytearray(1024)
+    /// >>> disk.pwrite(b"x" * 1024, 0)
+    /// >>> disk.zero(512, 0)
     /// >>> disk.pread(buf, 0)
-    /// >>> buf
-    /// bytearray(b'\x00\x00ta')
+    /// >>> buf.count(b"x")
+    /// 512
     fn zero(&self, py: Python<'_>, count: u64, offset: u64) -> PyResult<()> {
         targets::zero(py, &self.calls, count, offset)
     }
