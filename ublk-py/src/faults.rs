@@ -537,13 +537,13 @@ impl WriteCache {
     /// Fills ``buf`` from byte ``offset`` of the disk.
     ///
     /// Raises:
-    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///     OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
     ///
     /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
-    /// >>> buf = bytearray(b"data")
+    /// >>> buf = bytearray(b"x" * 512)
     /// >>> disk.pread(buf, 0)
-    /// >>> buf
-    /// bytearray(b'\x00\x00\x00\x00')
+    /// >>> buf.count(0)
+    /// 512
     fn pread(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64) -> PyResult<()> {
         targets::pread(py, &self.calls, &buf, offset)
     }
@@ -551,14 +551,14 @@ impl WriteCache {
     /// Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
     ///
     /// Raises:
-    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///     OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
     ///
     /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
-    /// >>> buf = bytearray(4)
-    /// >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+    /// >>> buf = bytearray(512)
+    /// >>> disk.pwrite(b"x" * 512, 512, ublk.Flags.FUA)
     /// >>> disk.pread(buf, 512)
-    /// >>> buf
-    /// bytearray(b'data')
+    /// >>> buf.count(b"x")
+    /// 512
     #[pyo3(signature = (buf, offset, flags=0))]
     fn pwrite(&self, py: Python<'_>, buf: PyBuffer<u8>, offset: u64, flags: u8) -> PyResult<()> {
         targets::pwrite(py, &self.calls, &buf, offset, flags)
@@ -578,7 +578,7 @@ impl WriteCache {
     /// Forgets a range. Bytes.
     ///
     /// Raises:
-    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///     OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
     ///
     /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
     /// >>> disk.trim(4096, 0)
@@ -586,10 +586,10 @@ impl WriteCache {
         targets::trim(py, &self.calls, count, offset)
     }
 
-    /// Makes a range read as zeroes. Bytes, a multiple of 512 as all ranges of a cache.
+    /// Makes a range read as zeroes. Bytes.
     ///
     /// Raises:
-    ///     OSError: The power is off (EIO); or what the backend behind says.
+    ///     OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
     ///
     /// >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
     /// >>> buf = bytearray(1024)

@@ -448,6 +448,18 @@ def test_a_cache_that_is_full_passes_on_what_it_has() -> None:
     raised(TypeError, lambda: ublk.WriteCache(ublk.Null()), "Null")  # type: ignore[arg-type]
     raised(TypeError, lambda: ublk.WriteCache(Wraps(mem)), "cannot be behind")  # type: ignore[arg-type]
     raised(ValueError, lambda: ublk.WriteCache(mem, capacity="much"), "much")
+    # It remembers sectors: a part of one would be lost.
+    before = cache.unflushed
+    for call in (
+        lambda: cache.pwrite(b"part", 0),
+        lambda: cache.pread(bytearray(512), 4),
+        lambda: cache.zero(4, 512),
+        lambda: cache.trim(4, 0),
+    ):
+        error = raised(OSError, call)
+        assert isinstance(error, OSError)
+        assert error.errno == errno.EINVAL
+    assert cache.unflushed == before
 
 
 def test_a_cache_tells_when_it_cannot_be_written_back() -> None:

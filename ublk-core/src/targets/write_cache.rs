@@ -4,7 +4,7 @@ use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::cache_pages::Pages;
+use super::cache_pages::{Pages, SECTOR};
 use super::random::Random;
 use crate::backend::{Backend, Capabilities};
 use crate::error::{Errno, Error, ErrorKind, Result};
@@ -17,7 +17,8 @@ use crate::worker::serve::write_all;
 ///
 /// Writes stay in the cache, in memory, until a flush passes them on. A FUA write goes to the backend at once; so do
 /// discards and writes of zeroes, which therefore survive. When the cache holds more than its
-/// [capacity](Self::with_capacity), all of it is passed on early. Requests are served one at a time. Clones share the cache and the backend.
+/// [capacity](Self::with_capacity), all of it is passed on early. Requests are served one at a time, and are of whole
+/// sectors of 512 bytes, as a disk's are: others are `EINVAL`. Clones share the cache and the backend.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -113,7 +114,11 @@ impl<B: Backend> WriteCache<B> {
         &self.0.backend
     }
 
-    fn on(&self) -> io::Result<MutexGuard<'_, Cache>> {
+    /// The cache, for a request of whole sectors, which is what it remembers.
+    fn on(&self, offset: u64, len: u64) -> io::Result<MutexGuard<'_, Cache>> {
+        if !(offset | len).is_multiple_of(SECTOR) {
+            return Err(Errno::EINVAL.into());
+        }
         let cache = self.0.lock();
         if cache.off { Err(Errno::EIO.into()) } else { Ok(cache) }
     }
@@ -202,7 +207,7 @@ impl<B: Backend> Backend for WriteCache<B> {
     }
 
     fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let cache = self.on()?;
+        let cache = self.on(offset, buf.len() as u64)?;
         let n = self.inner().read(buf, offset)?;
         // Of a part of a sector the rest is asked for again: leave it out.
         let n = if n < buf.len() { n / 512 * 512 } else { n };
@@ -211,7 +216,7 @@ impl<B: Backend> Backend for WriteCache<B> {
     }
 
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> io::Result<usize> {
-        let mut cache = self.on()?;
+        let mut cache = self.on(offset, data.len() as u64)?;
         if flags.fua() {
             write_all(data, |rest, done| self.inner().write(rest, offset + done, flags))?;
             if !self.inner().capabilities().contains(Capabilities::FUA) {
@@ -228,20 +233,20 @@ impl<B: Backend> Backend for WriteCache<B> {
     }
 
     fn flush(&self) -> io::Result<()> {
-        let mut cache = self.on()?;
+        let mut cache = self.on(0, 0)?;
         self.0.pass_on(&mut cache.pages)?;
         self.settle()
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut cache = self.on()?;
+        let mut cache = self.on(offset, len)?;
         self.inner().discard(offset, len)?;
         cache.pages.forget(offset, len);
         Ok(())
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: RequestFlags) -> io::Result<()> {
-        let mut cache = self.on()?;
+        let mut cache = self.on(offset, len)?;
         self.inner().write_zeroes(offset, len, flags)?;
         if flags.fua() {
             self.settle()?;
@@ -284,6 +289,21 @@ mod tests {
 
     fn write(disk: &impl Backend, offset: u64, byte: u8) {
         assert_eq!(disk.write(&[byte; 512], offset, RequestFlags::default()).unwrap(), 512);
+    }
+
+    #[test]
+    fn parts_of_sectors_are_refused() {
+        let cache = WriteCache::new(Mem::new(1 << 20));
+        let refused = |done: io::Result<()>| {
+            assert_eq!(done.unwrap_err().raw_os_error(), Some(Errno::EINVAL.raw()));
+        };
+        for (offset, len) in [(1, 512), (512, 4), (256, 256)] {
+            refused(cache.read(&mut vec![0; len], offset).map(drop));
+            refused(cache.write(&vec![1; len], offset, RequestFlags::default()).map(drop));
+            refused(cache.discard(offset, len as u64));
+            refused(cache.write_zeroes(offset, len as u64, RequestFlags::default()));
+        }
+        assert_eq!(cache.power().unflushed(), 0);
     }
 
     #[test]

@@ -978,26 +978,26 @@ class WriteCache:
         r"""Fills ``buf`` from byte ``offset`` of the disk.
 
         Raises:
-            OSError: The power is off (EIO); or what the backend behind says.
+            OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
 
         >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
-        >>> buf = bytearray(b"data")
+        >>> buf = bytearray(b"x" * 512)
         >>> disk.pread(buf, 0)
-        >>> buf
-        bytearray(b'\x00\x00\x00\x00')
+        >>> buf.count(0)
+        512
         """
     def pwrite(self, buf: ReadableBuffer, offset: int, flags: int = 0) -> None:
         """Stores ``buf`` from byte ``offset`` of the disk; with ``ublk.Flags.FUA`` it is durable then.
 
         Raises:
-            OSError: The power is off (EIO); or what the backend behind says.
+            OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
 
         >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
-        >>> buf = bytearray(4)
-        >>> disk.pwrite(b"data", 512, ublk.Flags.FUA)
+        >>> buf = bytearray(512)
+        >>> disk.pwrite(b"x" * 512, 512, ublk.Flags.FUA)
         >>> disk.pread(buf, 512)
-        >>> buf
-        bytearray(b'data')
+        >>> buf.count(b"x")
+        512
         """
     def flush(self) -> None:
         """Makes durable what was written.
@@ -1012,16 +1012,16 @@ class WriteCache:
         """Forgets a range. Bytes.
 
         Raises:
-            OSError: The power is off (EIO); or what the backend behind says.
+            OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
 
         >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
         >>> disk.trim(4096, 0)
         """
     def zero(self, count: int, offset: int) -> None:
-        """Makes a range read as zeroes. Bytes, a multiple of 512 as all ranges of a cache.
+        """Makes a range read as zeroes. Bytes.
 
         Raises:
-            OSError: The power is off (EIO); or what the backend behind says.
+            OSError: EIO while the power is off, EINVAL for parts of sectors, or what the backend behind says.
 
         >>> disk = ublk.WriteCache(ublk.Mem("1MiB"))
         >>> buf = bytearray(1024)
