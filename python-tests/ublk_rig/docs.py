@@ -57,8 +57,14 @@ def public() -> list[Documented]:
 
 def _members(cls: type, name: str) -> Iterator[Documented]:
     # Fields of a dataclass are told of where they stand; so are an enumeration's.
+    import ublk  # noqa: PLC0415 - as above
+
     fields = getattr(cls, "__dataclass_fields__", {})
-    for member, thing in vars(cls).items():
+    # A base that is not exported is a part of the class.
+    owners = [
+        c for c in cls.__mro__ if c is cls or (c.__module__.startswith("ublk.") and c.__name__ not in ublk.__all__)
+    ]
+    for member, thing in (item for owner in owners for item in vars(owner).items()):
         if member.startswith("_") or member in fields:
             continue
         if isinstance(thing, (staticmethod, classmethod)):

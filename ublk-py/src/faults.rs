@@ -9,10 +9,11 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use ublk_core::targets::{self as core, Action, Faults, OnWorker, Power, Rule, RuleId};
-use ublk_core::{Builder, Errno, Op};
+use ublk_core::{Backend, Builder, Capabilities, Errno, Op};
 
 use crate::errors::OrRaise;
-use crate::targets::{self, File, Mem, Null, Stripe, parse_bytes};
+use crate::files::{File, Stripe};
+use crate::targets::{self, Mem, Null, parse_bytes};
 use crate::wrapped::Wrapped;
 
 /// What the rules come before.
@@ -387,7 +388,13 @@ fn calls_of(backend: &Bound<'_, PyAny>) -> PyResult<Wrapped> {
         return Ok(Wrapped::Null);
     }
     if let Ok(mem) = backend.cast::<Mem>() {
-        return Ok(Wrapped::Mem(mem.get().inner()));
+        let mem = mem.get().inner();
+        if Backend::capabilities(&mem).contains(Capabilities::INTEGRITY) {
+            return Err(PyValueError::new_err(
+                "a Mem with integrity cannot be behind another backend, which passes no metadata on",
+            ));
+        }
+        return Ok(Wrapped::Mem(mem));
     }
     if let Ok(file) = backend.cast::<File>() {
         return Ok(file.get().calls());

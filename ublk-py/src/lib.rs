@@ -6,7 +6,7 @@
 //!   loop ([`line`]), or the raw requests ([`request`]);
 //! * [`pace`] says when answers are given to the kernel;
 //! * [`attend`] attaches workers to the interpreter, once, and steps back while they wait;
-//! * [`options`], [`device`], [`halted`], [`share`], [`targets`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
+//! * [`options`], [`integrity`], [`device`], [`halted`], [`share`], [`targets`], [`files`], [`faults`], [`wrapped`], [`stats`] are the builder, the device and the ready-made backends;
 //! * [`interrupt`] has calls that wait end with Ctrl-C;
 //! * [`errors`] and [`log`] bring errors and messages over, [`words`] has them name what Python has.
 
@@ -16,7 +16,9 @@ mod calls;
 mod device;
 mod errors;
 mod faults;
+mod files;
 mod halted;
+mod integrity;
 mod interrupt;
 mod line;
 mod log;
@@ -47,6 +49,8 @@ mod _native {
     #[pymodule_export]
     use super::faults::{Fault, WriteCache};
     #[pymodule_export]
+    use super::files::{File, Stripe};
+    #[pymodule_export]
     use super::halted::Halted;
     #[pymodule_export]
     use super::interrupt::Token;
@@ -63,7 +67,7 @@ mod _native {
     #[pymodule_export]
     use super::share::SharedBuffer;
     #[pymodule_export]
-    use super::targets::{File, Mem, Null, Stripe, ZonedMem};
+    use super::targets::{Mem, Null, ZonedMem};
 
     #[pymodule_init]
     fn init(m: &Bound<'_, PyModule>) -> PyResult<()> {

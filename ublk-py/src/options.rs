@@ -14,6 +14,7 @@ use crate::attend::Interpreter;
 use crate::calls::{Calls, Sink};
 use crate::device::{Device, Workers};
 use crate::errors::{OrRaise, StateError};
+use crate::integrity::Described;
 use crate::interrupt::{Token, interruptible};
 use crate::line::Inbox;
 use crate::pool::Pool;
@@ -154,6 +155,9 @@ impl Spec {
         if let Some((zone_bytes, max_open, max_active, max_append_bytes)) = options.get("zoned")? {
             builder = builder.zoned(Zoned { zone_bytes, max_open, max_active, max_append_bytes });
         }
+        if let Some(integrity) = options.get::<Described>("integrity")? {
+            builder = builder.integrity(integrity.read()?);
+        }
         if let Some(path) = options.get::<String>("data_path")? {
             builder = builder.data_path(path.parse::<DataPath>().or_raise(py)?);
         }
@@ -260,6 +264,9 @@ fn python(
             Some(false) => able = able.without(capability),
             None => {}
         }
+    }
+    if options.get::<Described>("integrity")?.is_some() {
+        able = able | Capabilities::INTEGRITY;
     }
     let server = Server { calls, sink, way };
     let theirs = server.clone();

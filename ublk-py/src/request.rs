@@ -2,10 +2,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use pyo3::exceptions::{PyBaseException, PyTypeError};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::{PyBaseException, PyOSError, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyMemoryView;
+use pyo3::types::{PyBytes, PyMemoryView};
 use ublk_core::{Errno, Op, Request as Inner};
 
 use crate::buffer::Buffer;
@@ -37,6 +38,7 @@ pub(crate) struct Request {
     flags: u8,
     shared: bool,
     zones: u32,
+    metadata: usize,
     device: u32,
     queue: u16,
     tag: u16,
@@ -62,6 +64,7 @@ impl Request {
             flags: flag_bits(inner.flags()),
             shared: inner.is_shared(),
             zones: inner.zones(),
+            metadata: inner.metadata_len(),
             device: inner.device(),
             queue: inner.queue(),
             tag: inner.tag(),
@@ -74,15 +77,21 @@ impl Request {
     }
 
     fn take(&self) -> PyResult<Inner> {
-        self.lock().take().ok_or_else(|| {
-            StateError::new_err(format!(
-                "the {} of device {}, queue {}, tag {} was completed before",
-                op_name(self.op),
-                self.device,
-                self.queue,
-                self.tag
-            ))
-        })
+        self.lock().take().ok_or_else(|| self.completed_before())
+    }
+
+    fn named(&self) -> String {
+        let op = op_name(self.op);
+        format!("the {op} of device {}, queue {}, tag {}", self.device, self.queue, self.tag)
+    }
+
+    fn completed_before(&self) -> PyErr {
+        StateError::new_err(format!("{} was completed before", self.named()))
+    }
+
+    fn no_metadata(&self, errno: Errno, why: &str) -> PyErr {
+        let why = if errno == Errno::EINVAL { why } else { "cannot move its metadata" };
+        PyOSError::new_err((errno.raw(), format!("{} {why}", self.named())))
     }
 
     /// A handler that was given this raised an exception: unless it was completed, it fails.
@@ -170,6 +179,55 @@ impl Request {
     #[getter]
     fn zones(&self) -> u32 {
         self.zones
+    }
+
+    /// Bytes of integrity metadata that come with the data of a write, or are wanted with that of a read; 0 where the
+    /// disk has none, or the client brings none.
+    ///
+    /// >>> request.metadata_length
+    /// 0
+    #[getter]
+    fn metadata_length(&self) -> usize {
+        self.metadata
+    }
+
+    /// A write's integrity metadata, all of it.
+    ///
+    /// Raises:
+    ///     OSError: It is no write, or brings none (EINVAL); the device is ending.
+    ///     StateError: It was completed before.
+    ///
+    /// >>> request.read_metadata()
+    /// Traceback (most recent call last):
+    /// ...
+    /// OSError: [Errno 22] the read of device ... brings no metadata
+    fn read_metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        PyBytes::new_with(py, self.metadata, |data| {
+            let mut inner = self.lock();
+            let inner = inner.as_mut().ok_or_else(|| self.completed_before())?;
+            // Attached: who waits for the lock is, too. It is a copy of at most half of the data.
+            inner.metadata(data).map_err(|errno| self.no_metadata(errno, "brings no metadata"))
+        })
+    }
+
+    /// Gives a read's integrity metadata to the client: ``metadata_length`` bytes. Without it the data is not protected.
+    ///
+    /// Raises:
+    ///     OSError: It is no read, wants none, or another length (EINVAL); the device is ending.
+    ///     StateError: It was completed before.
+    ///
+    /// >>> request.put_metadata(b"")
+    /// Traceback (most recent call last):
+    /// ...
+    /// OSError: [Errno 22] the read of device ... takes 0 bytes of metadata, not 0
+    fn put_metadata(&self, py: Python<'_>, data: PyBuffer<u8>) -> PyResult<()> {
+        let data = data.to_vec(py)?;
+        let mut inner = self.lock();
+        let inner = inner.as_mut().ok_or_else(|| self.completed_before())?;
+        inner.put_metadata(&data).map_err(|errno| {
+            let takes = if self.op == Op::Read { self.metadata } else { 0 };
+            self.no_metadata(errno, &format!("takes {takes} bytes of metadata, not {}", data.len()))
+        })
     }
 
     /// The device's number.

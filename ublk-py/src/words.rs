@@ -19,12 +19,9 @@ const WORDS: &[(&str, &str)] = &[
     ),
     (
         "a backend with INTEGRITY needs to know its metadata: Builder::integrity",
-        "disks with INTEGRITY are not served from Python",
+        "a backend with INTEGRITY needs to know its metadata: integrity=",
     ),
-    (
-        "INTEGRITY is asked for by Builder::integrity",
-        "disks with INTEGRITY are not served from Python",
-    ),
+    ("INTEGRITY is asked for by Builder::integrity", "INTEGRITY is asked for by integrity="),
     ("require the feature when the device is built", "use require=[\"SHMEM_ZC\"]"),
     ("delete it (Control::delete)", "delete it (ublk.delete)"),
     ("use stop_force to pull it", "use stop_force() to pull it"),

@@ -330,6 +330,7 @@ def test_unprivileged_devices_are_not_for_root() -> None:
 
 # Which tests show what an option does: `module.function`, of this folder.
 SHOWN: dict[str, str] = {
+    "integrity": "integrity.test_a_backend_keeps_metadata_beside_its_data",
     "size": "contract.test_sizes",
     "block_size": "options.test_sizes_of_blocks_and_requests",
     "physical_block_size": "options.test_sizes_of_blocks_and_requests",

@@ -40,7 +40,7 @@ from ublk._native import (
 )
 from ublk._recover import recover
 from ublk._size import parse_size
-from ublk._types import DataPath, DeviceInfo, Flags, OpStats, QueueStats, Recovery, Stats, Zone, Zoned
+from ublk._types import DataPath, DeviceInfo, Flags, Integrity, OpStats, QueueStats, Recovery, Stats, Zone, Zoned
 
 __all__ = [
     "AnyBackend",
@@ -53,6 +53,7 @@ __all__ = [
     "File",
     "Flags",
     "GoneError",
+    "Integrity",
     "Mem",
     "Null",
     "OpStats",

@@ -1,4 +1,4 @@
-"""Devices: how one is described, started, looked at and stopped."""
+"""Devices: how one is described, started and stopped."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 from ublk import _log, _native
 from ublk._aio import Courier
@@ -20,7 +20,8 @@ from ublk._backend import READY_MADE, AnyBackend, inspect_backend
 from ublk._blocking import in_thread, settle
 from ublk._native import StateError
 from ublk._size import parse_size
-from ublk._types import DataPath, DeviceInfo, Flags, Recovery, Stats, Zoned, info_of, stats_of
+from ublk._told import Told
+from ublk._types import DataPath, Flags, Integrity, Recovery, Zoned, stats_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,7 +43,7 @@ _FORCE_WITHIN = 5.0
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
 
 
-class Device:
+class Device(Told):
     """A disk, ``/dev/ublkbN``, that this process serves.
 
     Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and
@@ -80,6 +81,7 @@ class Device:
         zero: For `RawBackend`: whether it takes writes of zeroes. Otherwise it has a ``zero`` or not.
         max_zero_size: Bytes of the largest write of zeroes. Default what one request can say.
         zoned: The zones of a zoned disk, whose backend has the zone methods.
+        integrity: The metadata that is kept beside the data, of a `RawBackend`; `Mem` has an argument of its own.
         data_path: How the data moves: see `DataPath`.
         recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
         fingerprint: 64 bits that the kernel keeps with the device, and that `recover` compares. Default 0; of a
@@ -95,8 +97,9 @@ class Device:
         dma_alignment: Bytes that the memory of direct I/O is aligned to: a power of two, 2 to 4096 (Linux 6.15).
         segments: Limits of memory segments: ``(boundary_mask, max_size, max_count)`` (Linux 6.15).
         descriptor_size: Bytes of a request's descriptor, 24 to 256 (Linux 7.3).
-        batch: Whether requests and results travel in batches (Linux 7.0): True asks for it, False forbids it.
-        Default: no. partition_scan: False: the kernel does not look for partitions (Linux 7.0).
+        batch: Whether requests and results travel in batches (Linux 7.0): True asks for it, False forbids it. Default
+            neither, which is no.
+        partition_scan: False: the kernel does not look for partitions (Linux 7.0).
         unprivileged: A device of an ordinary user: see ``docs/unprivileged.md``.
         allow_many_unprivileged: Whether this process may serve more than one of those.
         require: Names of features without which there is to be no device: see `features`.
@@ -135,6 +138,7 @@ class Device:
         zero: bool | None = None,
         max_zero_size: int | None = None,
         zoned: Zoned | None = None,
+        integrity: Integrity | None = None,
         data_path: DataPath = "auto",
         recovery: Recovery | None = None,
         fingerprint: int | None = None,
@@ -158,13 +162,9 @@ class Device:
         start_timeout: float = 30.0,
         stop_timeout: float = 30.0,
     ) -> None:
-        self._native: _native.Device | None = None
-        self._phase: Literal["new", "starting", "live", "halted", "stopped"] = "new"
+        super().__init__()
         self._halted: _native.Halted | None = None
-        self._place: tuple[int, str] | None = None
-        self._last_stats = Stats()
         self._lock = threading.Lock()
-        self._pid = os.getpid()
         self._courier: Courier | None = None
         self._starting = _native.Token()
         if not stop_timeout >= 0:
@@ -206,6 +206,7 @@ class Device:
             "dma_alignment": dma_alignment,
             "segments": segments,
             "descriptor_size": descriptor_size,
+            "integrity": integrity,
             "allow_many_unprivileged": allow_many_unprivileged,
             "require": requires,
             "prefer": prefers,
@@ -237,6 +238,10 @@ class Device:
             if size is None:
                 raise TypeError(f"Device() needs a size: {type(backend).__name__} has none")
         self._size = parse_size(size, block_size=block_size or 512)
+        if options["integrity"] is not None and (found is None or not found.raw):
+            raise ValueError(
+                "integrity is for backends with handle(), whose requests show the metadata; Mem has its own"
+            )
         if found is None:
             self._spec = _native.Spec(backend, self._size, options)
             return
@@ -679,127 +684,6 @@ class Device:
         self._check_loop("unshare")
         self._require_live("share memory").unshare(number)
 
-    # What it is.
-
-    @property
-    def id(self) -> int:
-        """The device's number, also after its end.
-
-        Raises:
-            StateError: It was not started.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
-        ...     dev.id >= 0
-        True
-        """
-        return self._where()[0]
-
-    @property
-    def path(self) -> str:
-        """The disk's node, ``/dev/ublkbN``, also after its end.
-
-        Raises:
-            StateError: It was not started.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
-        ...     dev.path.startswith("/dev/ublkb")
-        True
-        """
-        return self._where()[1]
-
-    def _where(self) -> tuple[int, str]:
-        if self._place is None:
-            raise StateError("the device has no number yet: it was not started")
-        return self._place
-
-    @property
-    def size(self) -> int:
-        """Bytes of the disk.
-
-        >>> import ublk
-        >>> ublk.Device(ublk.Null(), size="1KiB").size
-        1024
-        """
-        return self._size
-
-    @property
-    def state(self) -> str:
-        """Where it is in its life: ``"new"``, ``"live"``, ``"quiesced"``, ``"fail-io"`` (by the driver's word),
-        ``"dead"``, ``"halted"`` or ``"stopped"``.
-
-        >>> import ublk
-        >>> ublk.Device(ublk.Null(), size="1KiB").state
-        'new'
-        """  # noqa: D205
-        native = self._native
-        return native.state() if native is not None else self._phase
-
-    @property
-    def features(self) -> frozenset[str]:
-        """The features that the driver granted; empty unless it is live.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Null(), size="1GiB") as dev:
-        ...     "CMD_IOCTL_ENCODE" in dev.features
-        True
-        """
-        return frozenset(self._native.features) if self._native is not None else frozenset()
-
-    @property
-    def data_path(self) -> str:
-        """How the data moves; never ``"auto"``.
-
-        Raises:
-            StateError: It is not live.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
-        ...     dev.data_path
-        'copy'
-        """
-        return self._require_live("say how data moves").data_path
-
-    @property
-    def info(self) -> DeviceInfo:
-        """The device as the driver described it.
-
-        Raises:
-            StateError: It is not live.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Mem("1MiB"), depth=16) as dev:
-        ...     dev.info.depth
-        16
-        """
-        raw = self._require_live("describe the device").info()
-        raw.pop("block_size")
-        return info_of({**raw, "state": "live"})
-
-    @property
-    def warnings(self) -> list[str]:
-        """What is not as it should be, though the disk works: a privilege that is missing, for instance.
-
-        >>> import ublk
-        >>> ublk.Device(ublk.Null(), size="1KiB").warnings
-        []
-        """
-        return list(self._native.warnings) if self._native is not None else []
-
-    def stats(self) -> Stats:
-        """What it has counted since its start; the last word after its end.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
-        ...     with open(dev.path, "rb", buffering=0) as disk:
-        ...         _ = disk.read(4096)
-        ...     dev.stats().total.read.bytes >= 4096
-        True
-        """
-        native = self._native
-        return stats_of(native.stats()) if native is not None else self._last_stats
-
     # Python's own.
 
     def __enter__(self) -> Self:
@@ -853,24 +737,6 @@ class Device:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Device cannot be pickled: it belongs to the process that serves it")
-
-    # Checks.
-
-    def _started(self) -> _native.Device | None:
-        self._check_process()
-        if self._native is None and self._phase in {"new", "starting"}:
-            raise StateError("the device was not started")
-        return self._native
-
-    def _require_live(self, what: str) -> _native.Device:
-        self._check_process()
-        if self._native is None:
-            raise StateError(f"cannot {what}: it is {self._phase}, not live")
-        return self._native
-
-    def _check_process(self) -> None:
-        if self._pid != os.getpid():
-            raise StateError("the device belongs to the process that this one was forked from")
 
     def _check_loop(self, what: str) -> None:
         if self._courier is not None and self._courier.is_serving_thread():

@@ -6,7 +6,7 @@ from typing import Any, SupportsIndex, TypeAlias, final
 
 from typing_extensions import Buffer as ReadableBuffer
 
-from ublk._types import Flags
+from ublk._types import Flags, Integrity
 
 __all__ = [
     "Buffer",
@@ -153,6 +153,38 @@ class Request:
 
         >>> request.zones
         0
+        """
+    @property
+    def metadata_length(self) -> int:
+        """Bytes of integrity metadata that come with the data of a write, or are wanted with that of a read; 0 where the
+        disk has none, or the client brings none.
+
+        >>> request.metadata_length
+        0
+        """
+    def read_metadata(self) -> bytes:
+        """A write's integrity metadata, all of it.
+
+        Raises:
+            OSError: It is no write, or brings none (EINVAL); the device is ending.
+            StateError: It was completed before.
+
+        >>> request.read_metadata()
+        Traceback (most recent call last):
+        ...
+        OSError: [Errno 22] the read of device ... brings no metadata
+        """
+    def put_metadata(self, data: ReadableBuffer) -> None:
+        """Gives a read's integrity metadata to the client: ``metadata_length`` bytes. Without it the data is not protected.
+
+        Raises:
+            OSError: It is no read, wants none, or another length (EINVAL); the device is ending.
+            StateError: It was completed before.
+
+        >>> request.put_metadata(b"")
+        Traceback (most recent call last):
+        ...
+        OSError: [Errno 22] the read of device ... takes 0 bytes of metadata, not 0
         """
     @property
     def device(self) -> int:
@@ -394,9 +426,10 @@ class Mem:
 
     Args:
         size: Bytes of the disk: an int, or a string as of `parse_size`.
+        integrity: The metadata that it keeps beside the data (Linux 7.0).
 
     Raises:
-        ValueError: It is no size.
+        ValueError: It is no size, or no such checksum.
 
     >>> import ublk
     >>> class Logged:
@@ -410,7 +443,7 @@ class Mem:
     1048576
     """
 
-    def __new__(cls, size: _Size) -> Mem: ...
+    def __new__(cls, size: _Size, *, integrity: Integrity | None = None) -> Mem: ...
     @property
     def size(self) -> int:
         """Bytes of the disk.
@@ -481,6 +514,26 @@ class Mem:
         >>> mem.pread(buf, 0)
         >>> buf
         bytearray(b'\x00\x00ta')
+        """
+    def read_metadata(self, count: int, offset: int) -> bytes:
+        r"""``count`` bytes of the integrity metadata, from that of the data at byte ``offset`` on. Of data that was never
+        written it is ones in all bits.
+
+        Raises:
+            OSError: There is none, or not so much of it (EINVAL).
+
+        >>> mem = ublk.Mem("1MiB", integrity=ublk.Integrity.protection())
+        >>> mem.read_metadata(8, 4096)
+        b'\xff\xff\xff\xff\xff\xff\xff\xff'
+        """
+    def write_metadata(self, data: ReadableBuffer, offset: int) -> None:
+        """Stores integrity metadata, from that of the data at byte ``offset`` on: to see the kernel find what does not fit.
+
+        Raises:
+            OSError: There is none, or not so much of it (EINVAL).
+
+        >>> mem = ublk.Mem("1MiB", integrity=ublk.Integrity.protection())
+        >>> mem.write_metadata(b"damaged.", 4096)
         """
 
 @final

@@ -1,4 +1,4 @@
-"""The small types of the package: flags, zones, what a device counts, and how it is described."""
+"""The small types of the package: flags, metadata, zones, what a device counts, and how it is described."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["DataPath", "DeviceInfo", "Flags", "OpStats", "QueueStats", "Recovery", "Stats", "Zone", "Zoned"]
+__all__ = [
+    "DataPath",
+    "DeviceInfo",
+    "Flags",
+    "Integrity",
+    "OpStats",
+    "QueueStats",
+    "Recovery",
+    "Stats",
+    "Zone",
+    "Zoned",
+]
 
 DataPath = Literal["auto", "copy", "need-get-data", "user-copy", "zero-copy", "auto-buf-reg"]
 """How the data of requests moves between the kernel and the server; every backend works with each.
@@ -71,6 +82,54 @@ class Zoned:
     """Most zones that can be active (open or closed) at a time; 0 for no limit."""
     max_append: int = 512 << 10
     """The largest append."""
+
+
+@dataclass(frozen=True, slots=True)
+class Integrity:
+    """Metadata that a disk keeps beside its data (Linux 7.0), for ``Device(integrity=...)`` and `Mem`.
+
+    The kernel makes protection information for writes, and verifies it for reads: a client whose data, or metadata,
+    was changed gets EILSEQ.
+
+    >>> Integrity.protection("nvme").metadata_size
+    16
+    """
+
+    metadata_size: int
+    """Bytes of metadata for each interval, 1 to 255."""
+    interval: int = 512
+    """Bytes of data that one piece of metadata is for: a power of two from 512 to the logical block size."""
+    checksum: Literal["none", "ip", "t10dif", "nvme"] = "none"
+    """What the protection information has: T10's of 8 bytes with IP's checksum or T10 DIF's CRC, NVMe's of 16
+    bytes, or none: then the metadata is nothing to the kernel."""
+    pi_offset: int = 0
+    """Where in each piece of metadata the protection information starts."""
+    tag_size: int = 0
+    """Bytes of the application's tag, for those who look at ``/sys/block/*/integrity``."""
+    reference_tags: bool = False
+    """Whether the protection information counts blocks, which needs a checksum."""
+    capable: bool = False
+    """Whether the server itself makes and verifies protection information, for those who look there."""
+
+    @classmethod
+    def protection(cls, checksum: Literal["ip", "t10dif", "nvme"] = "t10dif", interval: int = 512) -> Integrity:
+        """Protection information that counts blocks, and nothing else.
+
+        >>> Integrity.protection() == Integrity(8, checksum="t10dif", reference_tags=True)
+        True
+        """
+        size = {"ip": 8, "t10dif": 8, "nvme": 16}.get(checksum)
+        if size is None:
+            raise ValueError(f"checksum={checksum!r}: 'ip', 't10dif' or 'nvme'")
+        return cls(size, interval, checksum, reference_tags=True)
+
+    def metadata_bytes(self, count: int) -> int:
+        """Bytes of metadata for ``count`` bytes of data.
+
+        >>> Integrity.protection().metadata_bytes(4096)
+        64
+        """
+        return count // self.interval * self.metadata_size
 
 
 @dataclass(frozen=True, slots=True)
