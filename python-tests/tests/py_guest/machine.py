@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -10,6 +11,7 @@ import subprocess
 import tempfile
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import ublk
@@ -280,6 +282,34 @@ def test_a_device_on_a_file_on_a_device() -> None:
                 assert read(above.path) == b"a" * BLOCK
         finally:
             subprocess.run(["umount", folder], check=True)
+
+
+def test_a_device_that_has_stopped_lets_its_backend_go() -> None:
+    for options in ({}, {"threads": 2}):
+        backend = Ram()
+        alive = weakref.ref(backend)
+        device = ublk.Device(backend, **options).start()  # type: ignore[arg-type]
+        del backend
+        gc.collect()
+        assert alive() is not None
+        device.stop()
+        gc.collect()
+        assert alive() is None, options
+        assert device.state == "stopped"
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "disk")
+        device = ublk.Device(ublk.File(path, create=MIB)).start()
+
+        def opened_here() -> list[str]:
+            found = []
+            for fd in Path("/proc/self/fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.append(str(fd.readlink()))
+            return found
+
+        assert path in opened_here()
+        device.stop()
+        assert path not in opened_here()
 
 
 class Zones:

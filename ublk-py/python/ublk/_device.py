@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex, TypeAlias
 
 from ublk import _log, _native
 from ublk._aio import Courier
@@ -41,6 +41,9 @@ _RECOVERY = {
 _FORCE_WITHIN = 5.0
 
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
+_Description: TypeAlias = (
+    "tuple[AnyBackend, SupportsIndex | str | None, int | None, dict[str, Any], dict[str, bool | None]]"
+)
 
 
 class Device(Told):
@@ -229,7 +232,8 @@ class Device(Told):
         said: dict[str, bool | None],
     ) -> None:
         """Looks at the backend, and has everything checked."""
-        self._described = backend, size, block_size, dict(options), said
+        # For another life, until there can be none.
+        self._described: _Description | None = (backend, size, block_size, dict(options), said)
         options["force"] = self._force
         ready_made = isinstance(backend, READY_MADE)
         found = None if ready_made else inspect_backend(backend)
@@ -321,7 +325,7 @@ class Device(Told):
             if self._phase not in {"new", "halted"}:
                 raise StateError("the device was started before: make a new one")
             self._phase = "starting"
-        if self._halted is not None:
+        if self._halted is not None and self._described is not None:
             # Another life: with workers, threads and a loop of its own.
             self._starting = _native.Token()
             self._courier = None
@@ -347,7 +351,7 @@ class Device(Told):
         self._halted = None
         if self._native is None:
             # Should there be a device whose handle was lost with the exception, the handle's end stops it.
-            self._phase = "stopped"
+            self._phase, self._described = "stopped", None
             _native.await_lost()
             self._end_loop()
             return
@@ -428,7 +432,7 @@ class Device(Told):
             with self._lock:
                 if self._phase == "starting":
                     raise StateError("the device is being started by another thread: stop it when it has come up")
-                self._phase = "stopped"
+                self._phase, self._described = "stopped", None
                 halted, self._halted = self._halted, None
             if halted is not None:
                 _live.discard(self)
@@ -455,6 +459,8 @@ class Device(Told):
             self._phase = "stopped" if halted is None else "halted"
         if halted is None:
             _live.discard(self)
+            # A backend that nobody else has ends here, its files with it.
+            self._described = None
         self._end_loop()
         fatal = native.take_fatal()
         if fatal is not None:
