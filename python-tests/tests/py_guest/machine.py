@@ -13,6 +13,7 @@ import threading
 import warnings
 import weakref
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ublk
 from tests.py_guest.disks import (
@@ -35,6 +36,26 @@ from tests.py_guest.disks import (
     write_at,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _server(made: Callable[[], ublk.Device]) -> int:
+    """A process that serves a device until it is killed.
+
+    Its start has returned by then: a device is live, and can be read, before, and a kill then is a dead end of Linux 6.12.
+    """
+    started, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _device = made().start()
+        os.write(tell, b".")
+        signal.pause()
+    os.close(tell)
+    assert os.read(started, 1) == b"."
+    os.close(started)
+    return pid
+
 
 def test_list_delete_and_features() -> None:
     offered = ublk.features()
@@ -52,16 +73,8 @@ def test_list_delete_and_features() -> None:
     assert devices[0].wait(10) is True
     for device in devices:
         device.stop()
-    # One whose server was killed. Once it has started: it is live before, and a kill then is a dead end of Linux 6.12.
-    started, tell = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        ublk.Device(Ram(), id=40).start()
-        os.write(tell, b".")
-        signal.pause()
-    assert os.read(started, 1) == b"."
-    os.close(started)
-    os.close(tell)
+    # One whose server was killed.
+    pid = _server(lambda: ublk.Device(Ram(), id=40))
     assert [i.state for i in ublk.list() if i.id == 40] == ["live"]
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -75,11 +88,7 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "disk"
         store.write_bytes(bytes(MIB))
-        pid = os.fork()
-        if pid == 0:
-            _device = ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1).start()
-            signal.pause()
-        until(lambda: [i for i in ublk.list() if i.id == 3 and i.state == "live"])
+        pid = _server(lambda: ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1))
         write("/dev/ublkb3", BLOCK, b"1" * BLOCK)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -99,11 +108,7 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
         device.stop()
         gone(device)
         # By force, whatever its fingerprint is.
-        pid = os.fork()
-        if pid == 0:
-            _device = ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1).start()
-            signal.pause()
-        until(lambda: [i for i in ublk.list() if i.id == 3 and i.state == "live"])
+        pid = _server(lambda: ublk.Device(OnFile(store), recovery="wait", fingerprint=77, id=3, queues=1))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         until(lambda: ublk.list()[0].state == "quiesced")
