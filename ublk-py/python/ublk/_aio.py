@@ -26,6 +26,8 @@ class Courier:
         self._raw = found.raw
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        # Whether the loop is one of its own, and whether that is to end.
+        self._own = self._over = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -43,7 +45,9 @@ class Courier:
             self._stop = asyncio.Event()
             self.attach(asyncio.get_running_loop())
             ready.set()
-            await self._stop.wait()
+            # Dismissed before there was a loop to be told: by an exception, anywhere below.
+            if not self._over:
+                await self._stop.wait()
 
         def main() -> None:
             try:
@@ -55,9 +59,12 @@ class Courier:
             finally:
                 ready.set()
 
+        self._own = True
         # A daemon, lest a device that was never closed keeps the program from ending.
-        self._thread = threading.Thread(target=main, name=name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=main, name=name, daemon=True)
+        thread.start()
+        # Only now can it be joined.
+        self._thread = thread
         ready.wait()
         if self._loop is None:
             raise failed[0]
@@ -72,6 +79,7 @@ class Courier:
 
     def dismiss(self) -> None:
         """Has a loop of its own end, and does not wait for that. There are no more requests."""
+        self._over = True
         first = self.inbox.close()
         loop = self._loop
         if loop is None:
@@ -80,7 +88,7 @@ class Courier:
             if first:
                 # Once: by then the number may be another file's.
                 loop.call_soon_threadsafe(loop.remove_reader, self.inbox.fileno())
-            if self._thread is not None:
+            if self._own:
                 loop.call_soon_threadsafe(self._stop.set)
 
     def is_serving_thread(self) -> bool:

@@ -33,8 +33,10 @@ def ensure_thread() -> None:
     global _thread  # noqa: PLW0603
     with _lock:
         if _thread is None:
-            _thread = threading.Thread(target=_run, name="ublk-log", daemon=True)
-            _thread.start()
+            thread = threading.Thread(target=_run, name="ublk-log", daemon=True)
+            thread.start()
+            # Not before: Ctrl-C may come in between, and one that was not started cannot be joined.
+            _thread = thread
 
 
 def _close() -> None:
