@@ -105,6 +105,15 @@ pub(crate) fn shielded(py: Python<'_>, call: Py<PyAny>, args: Py<PyTuple>) -> Py
     }
 }
 
+/// Makes a call that cleans up, where no signal's handler runs. It comes to its end also if one raises here, which then
+/// does not wait for that.
+#[pyfunction]
+pub(crate) fn apart(py: Python<'_>, call: Py<PyAny>) -> PyResult<()> {
+    interruptible_within(py, &CancelToken::new(), Duration::ZERO, move || {
+        Python::attach(|py| call.call0(py).map(drop))
+    })?
+}
+
 /// Whether Python's handlers of signals run on this thread.
 fn is_main() -> bool {
     // SAFETY: both take no arguments and cannot fail.
@@ -123,6 +132,15 @@ enum Slot<T> {
 pub(crate) fn interruptible<T: Send + 'static>(
     py: Python<'_>,
     token: &CancelToken,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> PyResult<T> {
+    interruptible_within(py, token, PATIENCE, call)
+}
+
+fn interruptible_within<T: Send + 'static>(
+    py: Python<'_>,
+    token: &CancelToken,
+    patience: Duration,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> PyResult<T> {
     if !is_main() {
@@ -150,7 +168,7 @@ pub(crate) fn interruptible<T: Send + 'static>(
         Err(raised) => {
             py.detach(|| token.cancel());
             // What is raised a second time is more of the same.
-            let _ = ended(py, &reader, Some(Instant::now() + PATIENCE));
+            let _ = ended(py, &reader, Some(Instant::now() + patience));
             Some(raised)
         }
     };

@@ -53,7 +53,7 @@ mod _native {
     #[pymodule_export]
     use super::halted::Halted;
     #[pymodule_export]
-    use super::interrupt::{Leaving, Token, shielded};
+    use super::interrupt::{Leaving, Token, apart, shielded};
     #[pymodule_export]
     use super::line::Inbox;
     #[pymodule_export]

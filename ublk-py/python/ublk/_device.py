@@ -291,7 +291,7 @@ class Device(_native.Leaving, Told):
                 _native.shielded(self._courier.run, "ublk-loop")
             return self._bring_up()
         except BaseException:
-            self._give_up()
+            _native.apart(self._give_up)
             raise
 
     async def start_async(self) -> Self:
@@ -347,7 +347,7 @@ class Device(_native.Leaving, Told):
         return self
 
     def _give_up(self) -> None:
-        """After a start that failed, or that an exception came between."""
+        """After a start that failed, or that an exception came between. On a thread that no signal's handler runs on."""
         if self._halted is not None and self._halted.is_there():
             # What was described does not fit the device, which waits for another start.
             self._phase = "halted"
@@ -358,10 +358,8 @@ class Device(_native.Leaving, Told):
             # Should there be a device whose handle was lost with the exception, the handle's end stops it.
             self._phase = "stopped"
             _live.discard(self)
-            try:
-                _native.await_lost()
-            finally:
-                self._end_loop()
+            _native.await_lost()
+            self._end_loop()
             return
         try:
             # Nobody knows of its disk yet: what the kernel asks of it is not waited for.
@@ -483,7 +481,7 @@ class Device(_native.Leaving, Told):
             raise fatal
 
     def _end_loop(self) -> None:
-        if self._courier is not None and not _native.shielded(self._courier.end, _FORCE_WITHIN):
+        if self._courier is not None and not self._courier.end(_FORCE_WITHIN):
             _logger.warning("%r: its event loop does not end", self)
 
     def wait(self, timeout: float | None = None) -> bool:
