@@ -314,11 +314,13 @@ def test_ctrl_c_while_leaving_with_takes_the_disk_from_its_users() -> None:
 
 class Sweep:
     """Raises KeyboardInterrupt at one of the moments in which the interpreter handles signals: at the beginning of a
-    function in Python, and after a call of one in C. Only within the package, and on this thread.
+    function in Python, and after a call of one in C. Only within the package, and on this thread. A second one, if it is
+    to be, at the beginning of the next function.
     """  # noqa: D205
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, *, twice: bool = False) -> None:
         self._at = at
+        self._twice = twice
         self._passed = 0
         self.where = ""
 
@@ -328,6 +330,11 @@ class Sweep:
 
     def __exit__(self, *_raised: object) -> None:
         sys.setprofile(None)
+        sys.settrace(None)
+
+    def _again(self, frame: FrameType, event: str, _what: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(HOME) and frame.f_code.co_name != "__del__":
+            raise KeyboardInterrupt
 
     def _look(self, frame: FrameType, event: str, function: Any) -> None:
         code = frame.f_code
@@ -338,6 +345,8 @@ class Sweep:
         if self._passed == self._at:
             called = f" after {function.__name__}" if event == "c_return" else ""
             self.where = f"{code.co_qualname}:{frame.f_lineno}{called}"
+            if self._twice:
+                sys.settrace(self._again)
             raise KeyboardInterrupt
 
 
@@ -362,13 +371,14 @@ def test_ctrl_c_at_every_moment_of_a_life_leaves_nothing() -> None:
         lambda: ublk.Device(Later()),
         lambda: ublk.Device(ublk.Mem(MIB)),
     ]
-    for make, live in [*((make, _with) for make in devices), (devices[2], _by_hand)]:
+    lives = [(make, _with, False) for make in devices]
+    for make, live, twice in [*lives, (devices[2], _by_hand, False), (devices[2], _with, True)]:
         live(make())
         moments: list[str] = []
         while True:
             device = make()
             began = time.monotonic()
-            with Sweep(len(moments) + 1) as sweep:
+            with Sweep(len(moments) + 1, twice=twice) as sweep:
                 try:
                     live(device)
                 except KeyboardInterrupt:

@@ -347,7 +347,7 @@ class Device(_native.Leaving, Told):
         return self
 
     def _give_up(self) -> None:
-        """After a start that failed, or that an exception came between. On a thread that no signal's handler runs on."""
+        """After a start that failed, or that an exception came between. Where no signal's handler runs."""
         if self._halted is not None and self._halted.is_there():
             # What was described does not fit the device, which waits for another start.
             self._phase = "halted"
