@@ -98,7 +98,7 @@ static ENDING: Mutex<Vec<(Why, JoinHandle<()>)>> = Mutex::new(Vec::new());
 /// Why a thread is at work that nobody waits for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Why {
-    /// An exception came between a start and whoever was to have the handle.
+    /// An exception came between a start, or a halt, and whoever was to have the handle.
     HandleLost,
     /// The handle was collected, or a call given up.
     Abandoned,
@@ -116,17 +116,12 @@ pub(crate) fn finish_before_exit(why: Why, thread: JoinHandle<()>) {
 }
 
 /// On a thread of its own, which the program waits for when it ends.
-fn end_apart(why: Why, end: impl FnOnce() + Send + 'static) {
+pub(crate) fn end_apart(why: Why, end: impl FnOnce() + Send + 'static) {
     // Without a thread for it, here; it takes seconds at the most.
     match std::thread::Builder::new().name("ublk-py-stop".into()).spawn(end) {
         Ok(thread) => finish_before_exit(why, thread),
         Err(error) => crate::log::complaint(format!("no thread to stop a device: {error}")),
     }
-}
-
-/// The same, for what was abandoned.
-pub(crate) fn end_on_a_thread(end: impl FnOnce() + Send + 'static) {
-    end_apart(Why::Abandoned, end);
 }
 
 /// Before the program ends: a device that is being stopped would stay behind, dead.

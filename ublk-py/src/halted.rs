@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pyo3::prelude::*;
 use ublk_core::Added;
 
-use crate::device::{Device, end_on_a_thread};
+use crate::device::{Device, Why, end_apart};
 use crate::errors::StateError;
 use crate::interrupt::Token;
 use crate::options::Spec;
@@ -63,7 +63,7 @@ impl Drop for Halted {
             && let Some(added) = self.take()
         {
             // The deletion may take its time, and this thread is attached to the interpreter.
-            end_on_a_thread(move || drop(added));
+            end_apart(Why::HandleLost, move || drop(added));
         }
     }
 }

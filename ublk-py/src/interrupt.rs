@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple};
 use ublk_core::control::CancelToken;
 
 use crate::device::{Why, finish_before_exit};
@@ -32,6 +34,90 @@ impl Token {
     fn cancel(&self, py: Python<'_>) {
         py.detach(|| self.0.cancel());
     }
+
+    fn cancelled(&self) -> bool {
+        self.0.is_cancelled()
+    }
+}
+
+/// What leaves `with` for a `Device`. A method in Python would not do: signals are handled before its first instruction,
+/// and what a handler raises there leaves the device as it is.
+#[pyclass(frozen, subclass, module = "ublk._native")]
+pub(crate) struct Leaving;
+
+#[pymethods]
+impl Leaving {
+    #[new]
+    #[pyo3(signature = (*_args, **_options))]
+    fn new(_args: &Bound<'_, PyTuple>, _options: Option<&Bound<'_, PyDict>>) -> Self {
+        Leaving
+    }
+
+    /// Calls `_leave` where no handler runs; one that raises meanwhile cancels its token.
+    fn __exit__(
+        slf: &Bound<'_, Self>,
+        _kind: &Bound<'_, PyAny>,
+        error: Py<PyAny>,
+        _trace: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let py = slf.py();
+        let token = CancelToken::new();
+        let theirs = Py::new(py, Token(token.clone()))?;
+        let here = match RUNNING_LOOP.get(py) {
+            Some(running_loop) => running_loop.call0(py)?,
+            None => py.None(),
+        };
+        let device = slf.clone().unbind();
+        interruptible(py, &token, move || {
+            Python::attach(|py| device.call_method1(py, "_leave", (error, theirs, here)).map(drop))
+        })?
+    }
+}
+
+/// `asyncio._get_running_loop`: importing it at each use would run Python code.
+static RUNNING_LOOP: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+
+/// Once, when the module is imported.
+pub(crate) fn prepare(py: Python<'_>) -> PyResult<()> {
+    let running_loop = py.import("asyncio")?.getattr("_get_running_loop")?.unbind();
+    RUNNING_LOOP.get_or_init(py, || running_loop);
+    Ok(())
+}
+
+/// Makes a call that takes moments where no signal's handler runs: it is made whole, and what a handler raises comes after
+/// it, or before.
+#[pyfunction]
+#[pyo3(signature = (call, *args))]
+pub(crate) fn shielded(py: Python<'_>, call: Py<PyAny>, args: Py<PyTuple>) -> PyResult<Py<PyAny>> {
+    if !is_main() {
+        return call.call1(py, args);
+    }
+    let (theirs, with) = (call.clone_ref(py), args.clone_ref(py));
+    // As this thread is, by name and by mask of signals, both of which threads that it starts inherit.
+    let spawned =
+        std::thread::Builder::new().spawn(move || Python::attach(|py| theirs.call1(py, with)));
+    match spawned {
+        Ok(thread) => py
+            .detach(|| thread.join())
+            .unwrap_or_else(|_| Err(PyRuntimeError::new_err("a shielded call panicked"))),
+        // Without a thread for it, here.
+        Err(_) => call.call1(py, args),
+    }
+}
+
+/// Makes a call that cleans up, where no signal's handler runs. It comes to its end also if one raises here, which then
+/// does not wait for that.
+#[pyfunction]
+pub(crate) fn apart(py: Python<'_>, call: Py<PyAny>) -> PyResult<()> {
+    interruptible_within(py, &CancelToken::new(), Duration::ZERO, move || {
+        Python::attach(|py| call.call0(py).map(drop))
+    })?
+}
+
+/// Whether Python's handlers of signals run on this thread.
+fn is_main() -> bool {
+    // SAFETY: both take no arguments and cannot fail.
+    unsafe { libc::gettid() == libc::getpid() }
 }
 
 enum Slot<T> {
@@ -48,9 +134,16 @@ pub(crate) fn interruptible<T: Send + 'static>(
     token: &CancelToken,
     call: impl FnOnce() -> T + Send + 'static,
 ) -> PyResult<T> {
-    // SAFETY: both take no arguments and cannot fail.
-    let is_main = unsafe { libc::gettid() == libc::getpid() };
-    if !is_main {
+    interruptible_within(py, token, PATIENCE, call)
+}
+
+fn interruptible_within<T: Send + 'static>(
+    py: Python<'_>,
+    token: &CancelToken,
+    patience: Duration,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> PyResult<T> {
+    if !is_main() {
         return Ok(py.detach(call));
     }
     let slot = Arc::new(Mutex::new(Slot::Working));
@@ -75,7 +168,7 @@ pub(crate) fn interruptible<T: Send + 'static>(
         Err(raised) => {
             py.detach(|| token.cancel());
             // What is raised a second time is more of the same.
-            let _ = ended(py, &reader, Some(Instant::now() + PATIENCE));
+            let _ = ended(py, &reader, Some(Instant::now() + patience));
             Some(raised)
         }
     };

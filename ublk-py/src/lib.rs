@@ -53,7 +53,7 @@ mod _native {
     #[pymodule_export]
     use super::halted::Halted;
     #[pymodule_export]
-    use super::interrupt::Token;
+    use super::interrupt::{Leaving, Token, apart, shielded};
     #[pymodule_export]
     use super::line::Inbox;
     #[pymodule_export]
@@ -74,6 +74,7 @@ mod _native {
         m.add("__version__", env!("CARGO_PKG_VERSION"))?;
         m.add("StateError", m.py().get_type::<super::errors::StateError>())?;
         m.add("GoneError", m.py().get_type::<super::errors::GoneError>())?;
+        super::interrupt::prepare(m.py())?;
         super::log::install();
         Ok(())
     }

@@ -42,7 +42,7 @@ from tests.py_guest.disks import (
 from ublk_rig.pyguest import limit, threads_of_ours
 
 PRELUDE = """
-import asyncio, gc, mmap, os, signal, sys, threading, time, warnings
+import asyncio, fcntl, gc, io, mmap, os, signal, sys, threading, time, warnings
 import ublk
 class Ram:
     size = 1 << 20
@@ -52,9 +52,10 @@ class Ram:
 class Async(Ram):
     async def pread(self, buf, offset): Ram.pread(self, buf, offset)
 def read(path):
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    try: return os.preadv(fd, [mmap.mmap(-1, 4096)], 4096)
-    finally: os.close(fd)
+    # An object, which closes itself: a number that Ctrl-C keeps from its `try` would have the disk in use for ever.
+    with io.FileIO(path) as disk:
+        fcntl.fcntl(disk, fcntl.F_SETFL, os.O_DIRECT)
+        return os.preadv(disk.fileno(), [mmap.mmap(-1, 4096)], 4096)
 """
 
 

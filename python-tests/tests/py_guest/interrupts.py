@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import ublk
 from tests.py_guest.disks import (
@@ -32,10 +32,11 @@ from tests.py_guest.disks import (
     read_error,
     until,
 )
-from ublk_rig.pyguest import NotRun, limit
+from ublk_rig.pyguest import NotRun, limit, threads_of_ours
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import FrameType
 
 # What "at once" is, where the calls would wait for a minute.
 AT_ONCE = 4 * SCALE
@@ -124,6 +125,14 @@ class HeldZonesByLoop(HeldZones):
         while not self.go.is_set():
             await asyncio.sleep(0.01)
         return []
+
+
+class Later(Ram):
+    """On a loop."""
+
+    async def pread(self, buf: memoryview, offset: int) -> None:  # type: ignore[override]
+        """Reads."""
+        Ram.pread(self, buf, offset)
 
 
 # Away from where the kernel looks for partitions, by now or later.
@@ -301,6 +310,95 @@ def test_ctrl_c_while_leaving_with_takes_the_disk_from_its_users() -> None:
     assert error_of(lambda: read_at(fds[0], 0)) is not None or read_at(fds[0], 0) == b""
     os.close(fds[0])
     until(lambda: not ublk.list())
+
+
+class Sweep:
+    """Raises KeyboardInterrupt at one of the moments in which the interpreter handles signals: at the beginning of a
+    function in Python, and after a call of one in C. Only within the package, and on this thread. A second one, if it is
+    to be, at the beginning of the next function.
+    """  # noqa: D205
+
+    def __init__(self, at: int, *, twice: bool = False) -> None:
+        self._at = at
+        self._twice = twice
+        self._passed = 0
+        self.where = ""
+
+    def __enter__(self) -> Self:
+        sys.setprofile(self._look)
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        sys.setprofile(None)
+        sys.settrace(None)
+
+    def _again(self, frame: FrameType, event: str, _what: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(HOME) and frame.f_code.co_name != "__del__":
+            raise KeyboardInterrupt
+
+    def _look(self, frame: FrameType, event: str, function: Any) -> None:
+        code = frame.f_code
+        # What is raised in __del__ goes nowhere.
+        if event not in {"call", "c_return"} or not code.co_filename.startswith(HOME) or code.co_name == "__del__":
+            return
+        self._passed += 1
+        if self._passed == self._at:
+            called = f" after {function.__name__}" if event == "c_return" else ""
+            self.where = f"{code.co_qualname}:{frame.f_lineno}{called}"
+            if self._twice:
+                sys.settrace(self._again)
+            raise KeyboardInterrupt
+
+
+HOME = f"{Path(ublk.__file__).parent}/"
+
+
+def _with(device: ublk.Device) -> None:
+    with device:
+        device.wait(0)
+
+
+def _by_hand(device: ublk.Device) -> None:
+    device.start()
+    device.stop(60)
+
+
+@limit(150)
+def test_ctrl_c_at_every_moment_of_a_life_leaves_nothing() -> None:
+    devices: list[Callable[[], ublk.Device]] = [
+        lambda: ublk.Device(Ram()),
+        lambda: ublk.Device(Ram(), threads=2),
+        lambda: ublk.Device(Later()),
+        lambda: ublk.Device(ublk.Mem(MIB)),
+    ]
+    lives = [(make, _with, False) for make in devices]
+    for make, live, twice in [*lives, (devices[2], _by_hand, False), (devices[2], _with, True)]:
+        live(make())
+        moments: list[str] = []
+        while True:
+            device = make()
+            began = time.monotonic()
+            with Sweep(len(moments) + 1, twice=twice) as sweep:
+                try:
+                    live(device)
+                except KeyboardInterrupt:
+                    assert sweep.where
+                else:
+                    assert not sweep.where, f"{sweep.where}: it was swallowed"
+            if not sweep.where:
+                break
+            moments.append(sweep.where)
+            if live is _by_hand:
+                # It was started, or not; a stop that was interrupted may have to be called again.
+                device.stop(60)
+            assert time.monotonic() - began < AT_ONCE, sweep.where
+            assert device.state in {"new", "stopped"}, (sweep.where, device.state)
+            assert ublk.list() == [], sweep.where
+            assert "ublk-loop" not in [thread.name for thread in threading.enumerate()], sweep.where
+            until(lambda: not threads_of_ours())
+        # That these are there says that it works.
+        assert {name.partition(":")[0] for name in moments} >= {"Device.start", "Device._bring_up"}, moments
+        assert [name for name in moments if name.endswith(" after start")], moments
 
 
 def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> None:

@@ -37,7 +37,7 @@ class Courier:
         loop.add_reader(self.inbox.fileno(), self.inbox.reader(self._drain))
 
     def run(self, name: str) -> None:
-        """Runs a loop of its own on a thread, until `end`."""
+        """Runs a loop of its own on a thread, until `end`. Call it shielded."""
         failed: list[BaseException] = []
         ready = threading.Event()
 
@@ -70,7 +70,7 @@ class Courier:
             raise failed[0]
 
     def end(self, within: float) -> bool:
-        """Ends a loop of its own. False if it did not end in time."""
+        """Ends a loop of its own. False if it did not end in time. Call it shielded."""
         self.dismiss()
         if self._thread is None:
             return True
@@ -93,7 +93,11 @@ class Courier:
 
     def is_serving_thread(self) -> bool:
         """Whether the caller is on the loop that serves."""
-        return self._loop is not None and asyncio._get_running_loop() is self._loop  # noqa: SLF001
+        return self.is_serving(asyncio._get_running_loop())  # noqa: SLF001
+
+    def is_serving(self, loop: object) -> bool:
+        """Whether this is the loop that serves."""
+        return self._loop is not None and loop is self._loop
 
     def _drain(self, requests: list[Request]) -> None:
         loop = self._loop

@@ -39,6 +39,7 @@ _RECOVERY = {
     "fail": ("USER_RECOVERY", "USER_RECOVERY_FAIL_IO"),
 }
 _FORCE_WITHIN = 5.0
+_BLOCKS = "{} would block the event loop that serves the device: use the async form of it"
 
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
 _Description: TypeAlias = (
@@ -46,7 +47,7 @@ _Description: TypeAlias = (
 )
 
 
-class Device(Told):
+class Device(_native.Leaving, Told):
     """A disk, ``/dev/ublkbN``, that this process serves.
 
     Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and
@@ -291,10 +292,10 @@ class Device(Told):
         self._begin()
         try:
             if self._courier is not None:
-                self._courier.run("ublk-loop")
+                _native.shielded(self._courier.run, "ublk-loop")
             return self._bring_up()
         except BaseException:
-            self._give_up()
+            _native.apart(self._give_up)
             raise
 
     async def start_async(self) -> Self:
@@ -321,28 +322,36 @@ class Device(Told):
     def _begin(self) -> None:
         self._check_process()
         _log.ensure_thread()
-        with self._lock:
-            if self._phase not in {"new", "halted"}:
-                raise StateError("the device was started before: make a new one")
-            self._phase = "starting"
-        if self._halted is not None and self._described is not None:
-            # Another life: with workers, threads and a loop of its own.
-            self._starting = _native.Token()
-            self._courier = None
-            self._describe(*self._described)
+        before = None
+        try:
+            with self._lock:
+                if self._phase not in {"new", "halted"}:
+                    raise StateError("the device was started before: make a new one")
+                before, self._phase = self._phase, "starting"
+            if self._halted is not None and self._described is not None:
+                # Another life: with workers, threads and a loop of its own.
+                self._starting = _native.Token()
+                self._courier = None
+                self._describe(*self._described)
+        except BaseException:
+            # Ctrl-C comes between any two calls: it was not begun.
+            if before is not None:
+                self._phase = before
+            raise
 
     def _bring_up(self) -> Self:
+        # First: from the moment that it has a device, the program's end finds it.
+        _live.add(self)
         native = self._native = self._launch()
         self._place = (native.id, native.path)
         self._halted = None
         self._phase = "live"
-        _live.add(self)
         for warning in native.warnings:
             _logger.warning("%s: %s", native.path, warning)
         return self
 
     def _give_up(self) -> None:
-        """After a start that failed, or that an exception came between."""
+        """After a start that failed, or that an exception came between. Where no signal's handler runs."""
         if self._halted is not None and self._halted.is_there():
             # What was described does not fit the device, which waits for another start.
             self._phase = "halted"
@@ -352,6 +361,7 @@ class Device(Told):
         if self._native is None:
             # Should there be a device whose handle was lost with the exception, the handle's end stops it.
             self._phase, self._described = "stopped", None
+            _live.discard(self)
             _native.await_lost()
             self._end_loop()
             return
@@ -438,21 +448,27 @@ class Device(Told):
                 _live.discard(self)
                 halted.delete()
             return
+        leftovers: list[str] = []
         try:
             leftovers = native.stop(timeout, force, token)
-        except (KeyboardInterrupt, SystemExit):
-            # A stop that a signal interrupts comes to its end all the same, unless the disk is in use.
-            if native.has_ended():
-                self._over(native)
-            raise
+        finally:
+            # A stop that a signal interrupts comes to its end all the same, unless the disk is in use. Whatever a
+            # signal's handler raises, it raises after one of these two calls.
+            ended = _native.shielded(self._settle, native)
         for leftover in leftovers:
             _logger.warning("%s: %s", native.path, leftover)
-        self._over(native)
+        self._tell_end(native, ended=ended)
 
-    def _over(self, native: _native.Device, halted: _native.Halted | None = None) -> None:
+    def _settle(self, native: _native.Device, halted: _native.Halted | None = None) -> bool:
+        """Takes note of the device's end, if it has ended. False if its loop goes on all the same.
+
+        Half of this would be a loop that nobody ends: call it shielded.
+        """
+        if not native.has_ended():
+            return True
         with self._lock:
             if self._native is None:
-                return
+                return True
             self._last_stats = stats_of(native.stats())
             self._native = None
             self._halted = halted
@@ -461,7 +477,11 @@ class Device(Told):
             _live.discard(self)
             # A backend that nobody else has ends here, its files with it.
             self._described = None
-        self._end_loop()
+        return self._courier is None or self._courier.end(_FORCE_WITHIN)
+
+    def _tell_end(self, native: _native.Device, *, ended: bool) -> None:
+        if not ended:
+            _logger.warning("%r: its event loop does not end", self)
         fatal = native.take_fatal()
         if fatal is not None:
             raise fatal
@@ -555,12 +575,10 @@ class Device(Told):
         native = self._require_live("hand the device over")
         try:
             native.hand_over(timeout)
-        except BaseException:
-            # Interrupted, or the backend did not answer, when it had gone already.
-            if native.has_ended():
-                self._over(native)
-            raise
-        self._over(native)
+        finally:
+            # Also interrupted, or the backend did not answer, when it had gone already.
+            ended = _native.shielded(self._settle, native)
+        self._tell_end(native, ended=ended)
 
     def halt(self, timeout: float = 30.0) -> None:
         """Takes the disk away when nobody uses it, as `stop` does, and keeps the device: `start` brings it up again,
@@ -581,14 +599,15 @@ class Device(Told):
         """  # noqa: D205
         self._check_loop("halt")
         native = self._require_live("halt the device")
+        halted: _native.Halted | None = None
         try:
             halted = native.halt(timeout)
-        except BaseException:
-            # Stuck, failed, or interrupted at the last moment: it was stopped and deleted then.
-            if native.has_ended():
-                self._over(native)
-            raise
-        self._over(native, halted)
+        finally:
+            # Without one if it was stuck, failed, or interrupted at the last moment: stopped and deleted.
+            ended = _native.shielded(self._settle, native, halted)
+            if halted is None:
+                _native.await_lost()
+        self._tell_end(native, ended=ended)
 
     def describe(self, backend: AnyBackend, **options: Any) -> None:  # noqa: ANN401  # as of the constructor
         """Has a device that is halted become another at its next start: another backend, another size, other limits.
@@ -695,12 +714,6 @@ class Device(Told):
     def __enter__(self) -> Self:
         return self if self._phase == "live" else self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._check_loop("leave `with`")
-        self._leave(error)
-
     async def __aenter__(self) -> Self:
         return self if self._phase == "live" else await self.start_async()
 
@@ -710,18 +723,24 @@ class Device(Told):
         token = _native.Token()
         await in_thread(lambda: self._leave(error, token), token.cancel)
 
-    def _leave(self, error: BaseException | None, token: _native.Token | None = None) -> None:
-        """Politely first, then by force: nothing is left behind."""
+    def _leave(self, error: BaseException | None, token: _native.Token, loop: object = None) -> None:
+        """Politely first, then by force: nothing is left behind. On a thread that no signal's handler runs on.
+
+        With a caller's loop it refuses to block that, if it serves the device.
+        """
+        if self._courier is not None and self._courier.is_serving(loop):
+            raise StateError(_BLOCKS.format("leave `with`"))
         native = self._native
         try:
             self._stop(self._stop_timeout, force=False, token=token)
         except TimeoutError as held:
-            _logger.warning("%s; it is taken from them", held)
+            if not token.cancelled():
+                _logger.warning("%s; it is taken from them", held)
             self._stop(_FORCE_WITHIN, force=True)
             if error is None:
                 raise
         except BaseException as fatal:
-            # Ctrl-C, while it waited: the users of the disk have had their time. Or the device's own end, told.
+            # The device's own end, told.
             if self._native is not None and self._native is native:
                 self._stop(_FORCE_WITHIN, force=True)
             if fatal is not error:
@@ -746,7 +765,7 @@ class Device(Told):
 
     def _check_loop(self, what: str) -> None:
         if self._courier is not None and self._courier.is_serving_thread():
-            raise StateError(f"{what} would block the event loop that serves the device: use the async form of it")
+            raise StateError(_BLOCKS.format(what))
 
 
 def _stop_all() -> None:

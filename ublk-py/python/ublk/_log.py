@@ -30,6 +30,12 @@ def _run() -> None:
 
 def ensure_thread() -> None:
     """Starts the thread that logs, once; it ends with the program."""
+    if _thread is None:
+        # Ctrl-C in the middle of a thread's start would leave one that nobody knows; or Python's own lock, broken.
+        _native.shielded(_start)
+
+
+def _start() -> None:
     global _thread  # noqa: PLW0603
     with _lock:
         if _thread is None:

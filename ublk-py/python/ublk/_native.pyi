@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, SupportsIndex, TypeAlias, final
+from types import TracebackType
+from typing import Any, Self, SupportsIndex, TypeAlias, TypeVar, final
 
 from typing_extensions import Buffer as ReadableBuffer
 
@@ -17,6 +18,7 @@ __all__ = [
     "GoneError",
     "Halted",
     "Inbox",
+    "Leaving",
     "Mem",
     "Null",
     "Request",
@@ -29,6 +31,7 @@ __all__ = [
     "WriteCache",
     "ZonedMem",
     "__version__",
+    "apart",
     "await_lost",
     "close_log",
     "delete",
@@ -38,7 +41,10 @@ __all__ = [
     "forked",
     "list_devices",
     "next_record",
+    "shielded",
 ]
+
+_T = TypeVar("_T")
 
 __version__: str
 """This package's version.
@@ -293,6 +299,13 @@ class Halted:
 class Token:
     def __new__(cls) -> Token: ...
     def cancel(self) -> None: ...
+    def cancelled(self) -> bool: ...
+
+class Leaving:
+    def __new__(cls, *_args: object, **_options: object) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
 
 @final
 class SharedBuffer:
@@ -1163,6 +1176,8 @@ class ZonedMem:
         """
 
 def next_record() -> tuple[int, str, str, BaseException | None] | None: ...
+def shielded(call: Callable[..., _T], *args: object) -> _T: ...
+def apart(call: Callable[[], None]) -> None: ...
 def await_lost() -> None: ...
 def finish_endings() -> None: ...
 def close_log() -> None: ...
