@@ -414,31 +414,46 @@ def test_faulthandler_sees_workers_and_threads_do_not_stop() -> None:
 
 
 def test_answers_do_not_wait_for_a_slow_handler_of_their_turn() -> None:
-    """Quick ones are answered while a slow one of the same batch is still at work."""
-    slow = 0.2 * SCALE
+    """Quick ones are answered while a slow one of the same turn, which came behind them, is still at work."""
+    first, slow = 2 * BLOCK, 4 * BLOCK
+    quick = [(6 + 2 * i) * BLOCK for i in range(6)]
+    arrived, go, answered = threading.Event(), threading.Event(), threading.Event()
+    told: list[bool] = []
 
     class Mixed(Ram):
         def pread(self, buf: memoryview, offset: int) -> None:
-            if offset == 0:
-                time.sleep(slow)
+            if offset == first and not go.is_set():
+                arrived.set()
+                go.wait(20 * SCALE)
+            elif offset == slow:
+                told.append(answered.wait(5 * SCALE))
 
     with ublk.Device(Mixed(), depth=32) as device:
-        waits: list[float] = []
-        for _ in range(4):
-            barrier = threading.Barrier(9)
+        inflight = Path(f"/sys/block/{Path(device.path).name}/inflight")
 
-            def client(number: int, barrier: threading.Barrier = barrier) -> float:
-                # Number 0 is slow and the last to be sent; the others are with it in a turn, or before.
+        def sent(offset: int) -> threading.Thread:
+            def client() -> None:
                 with opened(device.path) as fd:
-                    barrier.wait()
-                    began = time.monotonic()
-                    read_at(fd, (8 - number) * BLOCK)
-                    return time.monotonic() - began
+                    read_at(fd, offset)
 
-            took = together(9, client)
-            waits += took[:8]
-        # Those that came behind the slow one wait for their handler's turn; those before it do not wait for it.
-        assert min(waits) < slow / 2
+            before = int(inflight.read_text().split()[0])
+            thread = threading.Thread(target=client)
+            thread.start()
+            until(lambda: int(inflight.read_text().split()[0]) > before)
+            return thread
+
+        # While the worker is at the first one, the others come, in this order: its next turn has them all.
+        holding = sent(first)
+        assert arrived.wait(10 * SCALE)
+        clients = [sent(offset) for offset in quick]
+        last = sent(slow)
+        go.set()
+        for thread in clients:
+            thread.join()
+        answered.set()
+        last.join()
+        holding.join()
+    assert told == [True]
 
 
 def test_a_loop_that_is_closed_answers_with_eio() -> None:
