@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ublk
@@ -39,6 +40,15 @@ def usable_paths() -> list[ublk.DataPath]:
 def has(feature: str) -> bool:
     """Whether the driver offers a feature."""
     return feature in (ublk.features() or ())
+
+
+def tasks() -> dict[int, str]:
+    """The threads of this process, with their names. One that has just been joined may still be ending."""
+    found = {}
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            found[int(task)] = Path(f"/proc/self/task/{task}/comm").read_text().strip()
+    return found
 
 
 def needs(feature: str) -> None:

@@ -23,6 +23,7 @@ from tests.py_guest.disks import (
     read,
     read_at,
     sysfs,
+    tasks,
     together,
     usable_paths,
     write,
@@ -170,21 +171,17 @@ def test_recovery_options_ask_for_their_features() -> None:
 
 
 def test_threads_workers_and_affinity() -> None:
-    def tasks() -> dict[str, set[int]]:
-        found = {}
-        for task in os.listdir("/proc/self/task"):
-            name = Path(f"/proc/self/task/{task}/comm").read_text().strip()
-            found[f"{name} {task}"] = os.sched_getaffinity(int(task))
-        return found
+    def named(start: str) -> list[int]:
+        return [task for task, name in tasks().items() if name.startswith(start)]
 
     with ublk.Device(Ram(), threads=5, queues=1) as device:
-        assert sum(name.startswith("ublk-py-") for name in tasks()) == 5
+        assert sum(re.fullmatch(r"ublk-py-\d", name) is not None for name in tasks().values()) == 5
         read(device.path)
     all_cpus = os.sched_getaffinity(0)
     queues = len(all_cpus)
     for affinity in (True, False):
         with ublk.Device(Ram(), queues=queues, affinity=affinity) as device:
-            masks = [cpus for name, cpus in tasks().items() if name.startswith(f"ublk{device.id}-q")]
+            masks = [os.sched_getaffinity(task) for task in named(f"ublk{device.id}-q")]
             assert len(masks) == queues
             if affinity:
                 assert set.union(*masks) == all_cpus
@@ -193,7 +190,7 @@ def test_threads_workers_and_affinity() -> None:
                 assert all(mask == all_cpus for mask in masks)
     if has("PER_IO_DAEMON"):
         with ublk.Device(Ram(), workers_per_queue=2) as device:
-            assert sum(name.startswith(f"ublk{device.id}-q") for name in tasks()) == 2
+            assert len(named(f"ublk{device.id}-q")) == 2
             together(4, lambda i: read(device.path, i * BLOCK))
     else:
         raised(OSError, ublk.Device(Ram(), workers_per_queue=2).start)
@@ -209,7 +206,7 @@ def test_a_pool_of_workers_is_shared_by_python_and_native_devices() -> None:
     devices += [ublk.Device(ublk.Mem(MIB), workers=pool) for _ in range(2)]
     for device in devices:
         device.start()
-    names = [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
+    names = list(tasks().values())
     assert not [n for n in names if "-q" in n], names
     assert len([n for n in names if n.startswith("ublk-pool-")]) == 4, names
 
