@@ -7,15 +7,18 @@ with the reason: as skipped tests with --full, and its refusals are tested alway
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ublk_rig import testdisk
+from ublk_rig import support, testdisk
 from ublk_rig.load import eventually, load, requests_done
 from ublk_rig.pairwise import everything, pairwise
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ublk_rig.pairwise import Row
     from ublk_vm.guest import Guest
 
@@ -89,7 +92,7 @@ def how(row: Row, where: str) -> list[str]:
 
 
 @pytest.mark.vm(smp=4)
-def test_a_disk_lives_through_it(guest: Guest, row: Row) -> None:
+def test_a_disk_lives_through_it(guest: Guest, row: Row, record_property: Callable[[str, object], None]) -> None:
     options = how(row, guest.run("mktemp -d").out.strip())
     with testdisk.serving(guest) as disks:
         offered = set(disks.ask("features")["features"])
@@ -101,8 +104,10 @@ def test_a_disk_lives_through_it(guest: Guest, row: Row) -> None:
             with pytest.raises(testdisk.Refused) as refused:
                 disks.start(*options)
             assert refused.value.kind == "Unsupported"
-            assert all(f"{name} (since Linux " in refused.value.text for name in missing), refused.value.text
+            named = {name: re.search(rf"{name} \(since Linux [\d.]+\)", refused.value.text) for name in missing}
+            assert all(named.values()), refused.value.text
             assert testdisk.devices(guest) == []
+            record_property(support.REFUSED, [found[0] for found in named.values() if found])
             return
     share = row["data"] == "shared-memory"
     lives = {"filesystem": filesystem, "verify": verify, "stop": stop, "kill": kill}

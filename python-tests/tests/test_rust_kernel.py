@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import layout, rusttests
+from ublk_rig import layout, rusttests, support
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ublk_vm.guest import Guest
 
 BODY_SECS = 240
-NOT_RUN = "not run: "
+# Rust's harness knows "passed" and "failed". A test that its kernel rules out says so and returns; one that saw a
+# feature refused, because the kernel lacks it, says what.
+NOT_RUN, REFUSED = "not run: ", "refused: "
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -25,14 +29,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.mark.vm(smp=4)
-def test_rust(guest: Guest, case: rusttests.Case, pytestconfig: pytest.Config) -> None:
+def test_rust(
+    guest: Guest,
+    case: rusttests.Case,
+    pytestconfig: pytest.Config,
+    record_property: Callable[[str, object], None],
+) -> None:
     if case.ignored and not pytestconfig.getoption("--full"):
         pytest.skip("a soak: runs with --full (make test-full)")
     guest.run("modprobe ublk_drv")
     done = guest.run(case.command(), timeout=BODY_SECS, cwd=case.package_dir, env={"RUST_BACKTRACE": "1"})
     # A filter that matches nothing also exits with 0.
     assert "1 passed" in done.out, done
-    # Rust's harness has no skip at run time: a test that its kernel rules out says so and returns.
-    for line in done.out.splitlines():
+    lines = done.out.splitlines()
+    if refused := [line.removeprefix(REFUSED) for line in lines if line.startswith(REFUSED)]:
+        record_property(support.REFUSED, refused)
+    for line in lines:
         if line.startswith(NOT_RUN):
             pytest.skip(line.removeprefix(NOT_RUN))

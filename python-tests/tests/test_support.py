@@ -45,6 +45,20 @@ def test_outcomes_become_cells() -> None:
     assert row(table, "Forked").endswith("| not tested | not tested |")
 
 
+def test_what_a_kernel_lacks_is_no_capability_of_it() -> None:
+    shared = outcome("test_rust.py::test_rust[shared_memory::a]", "6.12") | {
+        "properties": {support.REFUSED: ["SHMEM_ZC (since Linux 7.1)"]}
+    }
+    batch = outcome("test_rust.py::test_rust[data_paths::a]", "6.12", "skipped") | {
+        "reason": "the driver lacks BATCH_IO (since Linux 7.0), AUTO_BUF_REG (since Linux 6.16)"
+    }
+    table = support.collect(summary(shared, batch, outcome("test_rust.py::test_rust[data_paths::b]", "6.12")))
+    assert row(support.render(table), "SHMEM_ZC").endswith("| no: SHMEM_ZC (since 7.1) |")
+    words = "yes (1); not AUTO_BUF_REG (since 6.16), BATCH_IO (since 7.0)"
+    assert row(support.render(table), "Data paths").endswith(f"| {words} |")
+    assert table.figures == {}
+
+
 def test_a_test_counts_once_and_what_nobody_claims_is_named() -> None:
     table = support.collect(
         summary(
@@ -54,8 +68,8 @@ def test_a_test_counts_once_and_what_nobody_claims_is_named() -> None:
             outcome("test_host.py::test_no_kernel", None),
         )
     )
-    assert sum(n for by in table.cells.values() for c in by.values() for n in c.values()) == 1
-    assert table.cells["Killed servers leave what can be deleted"]["7.3"]["passed"] == 1
+    assert sum(cell.outcomes.total() for by in table.cells.values() for cell in by.values()) == 1
+    assert table.cells["Killed servers leave what can be deleted"]["7.3"].outcomes["passed"] == 1
     assert table.unclaimed == ["tests/test_something.py::test_new[7.3]"]
 
 

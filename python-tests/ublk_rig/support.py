@@ -11,13 +11,21 @@ import json
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ublk_rig import layout
 from ublk_vm import kernels
 
+# A test's property: what it saw refused, for the kernel lacks it.
+REFUSED = "refused"
+# How the reason of a skip begins that says the same.
+LACKS = "the driver lacks "
+NOTE = (
+    'In brackets: how many tests passed, none having failed. "no" and "not": the kernel\'s driver lacks these; who'
+    " asks for one gets an error that names it, and no device."
+)
 BEGIN, END = "<!-- support: begin -->", "<!-- support: end -->"
 
 
@@ -73,18 +81,46 @@ CAPABILITIES = (
     Capability("Memory given back when idle", r"memory::"),
     Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
     Capability("Batches taken in part, pages that cannot be registered: what comes of it", r"driver_failures::"),
-    Capability("What the driver's protocol was once believed to be", r"claims::"),
+    Capability("The driver's protocol, point by point", r"claims::"),
 )
 # Tests of the rig show nothing about disks.
 RIG = re.compile(r"test_rig_|test_support|test_bench|test_demo")
 
 
+@dataclass
+class Cell:
+    """The tests of one capability on one kernel."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    # Driver features, with the release that brought them.
+    lacking: set[str] = field(default_factory=set)
+
+    def add(self, test: dict[str, Any]) -> None:
+        """Count a test. One that saw what the kernel lacks refused shows nothing of it at work."""
+        outcome, lacking = test["outcome"], list(test.get("properties", {}).get(REFUSED, []))
+        if outcome == "passed" and lacking:
+            outcome = "refused"
+        if test.get("reason", "").startswith(LACKS):
+            lacking += test["reason"].removeprefix(LACKS).split(", ")
+        self.outcomes[outcome] += 1
+        self.lacking.update(words.replace("since Linux", "since") for words in lacking)
+
+    def __str__(self) -> str:
+        passed, bad = self.outcomes["passed"], self.outcomes["failed"] + self.outcomes["xfailed"]
+        lacking = ", ".join(sorted(self.lacking))
+        if bad:
+            return f"**no**: {bad} of {bad + passed + self.outcomes['refused']} fail"
+        if passed:
+            return f"yes ({passed})" + (f"; not {lacking}" if lacking else "")
+        return f"no: {lacking}" if lacking else "not tested"
+
+
 @dataclass(frozen=True)
 class Table:
-    """Outcomes by capability and kernel, and the kernel tests that no capability claims."""
+    """Cells by capability and kernel, and the kernel tests that no capability claims."""
 
     kernels: list[str]
-    cells: dict[str, dict[str, Counter[str]]]
+    cells: dict[str, dict[str, Cell]]
     unclaimed: list[str]
     # What tests have measured, by its name and kernel: the most.
     figures: dict[str, dict[str, float]]
@@ -97,7 +133,7 @@ def row_of(nodeid: str) -> str | None:
 
 def collect(summary: dict[str, Any]) -> Table:
     """Sort a run's tests into rows and columns."""
-    cells: dict[str, dict[str, Counter[str]]] = {c.name: {} for c in CAPABILITIES}
+    cells: dict[str, dict[str, Cell]] = {c.name: {} for c in CAPABILITIES}
     unclaimed = []
     figures: dict[str, dict[str, float]] = {}
     for test in summary["tests"]:
@@ -106,26 +142,17 @@ def collect(summary: dict[str, Any]) -> Table:
             continue
         row = row_of(nodeid)
         for name, value in test.get("properties", {}).items():
+            if name == REFUSED:
+                continue
             by = figures.setdefault(name, {})
             by[kernel] = max(value, by.get(kernel, value))
         if row is None:
             unclaimed.append(nodeid)
         else:
-            cells[row].setdefault(kernel, Counter())[test["outcome"]] += 1
+            cells[row].setdefault(kernel, Cell()).add(test)
     seen = {kernel for row in cells.values() for kernel in row}
     columns = [k for k in kernels.SERIES if k in seen] + sorted(seen - set(kernels.SERIES))
     return Table(columns, cells, unclaimed, figures)
-
-
-def cell(outcomes: Counter[str]) -> str:
-    """What one kernel's tests of one capability say."""
-    ran = outcomes["passed"] + outcomes["failed"] + outcomes["xfailed"]
-    if not ran:
-        return "not tested"
-    text = f"yes ({outcomes['passed']})"
-    if bad := outcomes["failed"] + outcomes["xfailed"]:
-        text = f"**no**: {bad} of {ran} fail"
-    return text
 
 
 def render(table: Table) -> str:
@@ -133,10 +160,10 @@ def render(table: Table) -> str:
     if not table.kernels:
         raise NoTable("no test of a capability ran on any kernel")
     rows = [["", *(f"Linux {k}" for k in table.kernels)]]
-    rows += [[name, *(cell(by.get(k, Counter())) for k in table.kernels)] for name, by in table.cells.items()]
+    rows += [[name, *(str(by.get(k, Cell())) for k in table.kernels)] for name, by in table.cells.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
-    lines += ["", "In brackets: how many tests passed, none having failed."]
+    lines += ["", NOTE]
     for name, by in table.figures.items():
         values = ", ".join(f"{by[k]:g} on Linux {k}" for k in table.kernels if k in by)
         lines += ["", f"{name}: {values}."]

@@ -1,6 +1,6 @@
 //! What this library believes of the driver's protocol, shown by a server that shares no code with it.
 //!
-//! Each of these was once believed to be otherwise by somebody.
+//! Each of these is easily believed to be otherwise.
 
 mod disk;
 mod raw_server;

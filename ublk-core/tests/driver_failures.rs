@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use disk::kernel::lacks;
 use disk::{Aligned, Client, SOON, bounded, eventually, no_devices};
 use io_uring::{IoUring, cqueue, squeue, types};
 use raw_server::{Mapping, Raw, length_for};
@@ -28,14 +29,6 @@ const DEPTH: u16 = 4;
 const FETCH: u64 = 1000;
 /// Of the user_data of batches.
 const BATCH: u64 = 1001;
-
-fn has(features: Features) -> bool {
-    let has = Control::open().unwrap().features().is_some_and(|f| f.contains(features));
-    if !has {
-        println!("\nnot run: the driver lacks {features}");
-    }
-    has
-}
 
 /// Entries of a ring of buffers, and the buffers, at one address for good.
 struct Arrays(Aligned);
@@ -205,7 +198,7 @@ impl Server {
 
 #[test]
 fn the_driver_takes_a_batch_up_to_the_element_that_it_refuses() {
-    if !has(Features::BATCH_IO) {
+    if lacks(Features::BATCH_IO) {
         return;
     }
     let mut server = Server::new(Features::BATCH_IO | Features::USER_COPY, DEPTH);
@@ -250,7 +243,7 @@ fn the_driver_takes_a_batch_up_to_the_element_that_it_refuses() {
 
 #[test]
 fn a_fetch_ends_with_enobufs_and_the_next_one_brings_what_it_left() {
-    if !has(Features::BATCH_IO) {
+    if lacks(Features::BATCH_IO) {
         return;
     }
     let mut server = Server::new(Features::BATCH_IO | Features::USER_COPY, DEPTH);
@@ -284,7 +277,7 @@ fn a_fetch_ends_with_enobufs_and_the_next_one_brings_what_it_left() {
 
 #[test]
 fn a_registration_that_fails_is_told_with_fallback_and_kept_silent_without() {
-    if !has(Features::AUTO_BUF_REG) {
+    if lacks(Features::AUTO_BUF_REG) {
         return;
     }
     const FALLBACK: u64 = 1 << 16;
@@ -361,7 +354,7 @@ fn occupy(places: impl Iterator<Item = u32>) {
 
 #[test]
 fn pages_that_the_ring_does_not_take_are_copied() {
-    if !has(Features::AUTO_BUF_REG) {
+    if lacks(Features::AUTO_BUF_REG) {
         return;
     }
     let name = format!("/tmp/ublk-unregistered-{}", std::process::id());
@@ -453,7 +446,7 @@ fn commit_by_hand(id: u32, tag: u16) {
 
 #[test]
 fn of_a_batch_that_is_taken_in_part_the_others_are_answered_and_the_device_ends_with_the_reason() {
-    if !has(Features::BATCH_IO) {
+    if lacks(Features::BATCH_IO) {
         return;
     }
     const CLIENTS: u64 = 4;

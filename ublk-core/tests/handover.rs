@@ -9,6 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use disk::kernel::{lacks, offered};
 use disk::{SOON, Server, bounded, eventually, no_devices};
 use ublk_core::control::{Control, Features, Wait};
 use ublk_core::targets::File;
@@ -18,17 +19,9 @@ const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
 const PLAIN: Features = Features::USER_RECOVERY;
 
-fn offered() -> Features {
-    Control::open().unwrap().features().unwrap()
-}
-
 /// Whether the driver lets go of servers that live on.
 fn can_hand_over() -> bool {
-    let can = offered().contains(Features::QUIESCE);
-    if !can {
-        println!("\nnot run: the driver lacks QUIESCE");
-    }
-    can
+    !lacks(Features::QUIESCE)
 }
 
 fn disk_of(id: u32) -> PathBuf {

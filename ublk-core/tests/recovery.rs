@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use std::{fs, io};
 
 use clients::Clients;
+use disk::kernel::{lacks, offered};
 use disk::{Client, SOON, Server, bounded, devices, eventually, no_devices};
 use ublk_core::control::{Control, DeviceState, Features, Wait};
 use ublk_core::{
@@ -82,11 +83,6 @@ impl Drop for Store {
 
 fn two_cpus() -> bool {
     std::thread::available_parallelism().unwrap().get() >= 2
-}
-
-/// Whether the kernel has the features of a mode.
-fn has(features: Features) -> bool {
-    Control::open().unwrap().features().is_some_and(|f| f.contains(features))
 }
 
 /// A mode of recovery and, behind a `+` each, a data path and `batch`.
@@ -262,13 +258,12 @@ fn handed_over_under_load(name: &str, times: u32) {
 
 #[test]
 fn handovers_under_load_fail_nothing() {
-    if !has(Features::QUIESCE) {
-        println!("\nnot run: the driver lacks QUIESCE");
+    if lacks(Features::QUIESCE) {
         return;
     }
     handed_over_under_load("reissue", 10);
     handed_over_under_load("plain+zero-copy", 3);
-    if has(Features::BATCH_IO) {
+    if offered().contains(Features::BATCH_IO) {
         handed_over_under_load("reissue+copy+batch", 3);
         handed_over_under_load("reissue+auto-buf-reg+batch", 3);
     }
@@ -286,7 +281,7 @@ fn kills_lose_nothing_on_any_data_path() {
         ("fail-io+user-copy+batch", Features::BATCH_IO),
         ("reissue+zero-copy+batch", Features::BATCH_IO),
     ];
-    for (name, needed) in ways.into_iter().filter(|(_, needed)| has(*needed)) {
+    for (name, needed) in ways.into_iter().filter(|(_, needed)| offered().contains(*needed)) {
         let errors = killed_under_load(name, 3);
         println!("{name}: {errors} requests failed");
         assert!(!name.starts_with("reissue") || errors == 0, "{name} ({needed}): {errors}");
@@ -304,11 +299,13 @@ const PATHS: [(&str, Features); 5] = [
 /// Each mode of recovery with each way to move data and commands that this kernel has.
 fn every_way() -> Vec<String> {
     let mut ways = Vec::new();
-    for name in ["plain", "reissue", "fail-io"].into_iter().filter(|name| has(mode(name))) {
-        for (path, needed) in PATHS.into_iter().filter(|(_, needed)| has(*needed)) {
+    for name in
+        ["plain", "reissue", "fail-io"].into_iter().filter(|name| offered().contains(mode(name)))
+    {
+        for (path, needed) in PATHS.into_iter().filter(|(_, needed)| offered().contains(*needed)) {
             ways.push(format!("{name}+{path}"));
             // The driver clears NEED_GET_DATA on devices with BATCH_IO.
-            if has(Features::BATCH_IO) && needed != Features::NEED_GET_DATA {
+            if offered().contains(Features::BATCH_IO) && needed != Features::NEED_GET_DATA {
                 ways.push(format!("{name}+{path}+batch"));
             }
         }
@@ -329,8 +326,7 @@ fn ten_kills_lose_nothing_in_any_mode_on_any_data_path() {
 #[test]
 #[ignore = "a soak: every data path"]
 fn handovers_under_load_fail_nothing_on_any_data_path() {
-    if !has(Features::QUIESCE) {
-        println!("\nnot run: the driver lacks QUIESCE");
+    if lacks(Features::QUIESCE) {
         return;
     }
     for name in every_way() {
@@ -344,20 +340,17 @@ fn handovers_under_load_fail_nothing_on_any_data_path() {
 
 #[test]
 fn ten_kills_with_fail_io_lose_nothing() {
-    if !has(mode("fail-io")) {
+    if !offered().contains(mode("fail-io")) {
         let store = Store::new("refused");
         let e = builder(&store.0).require(mode("fail-io")).start().unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported);
-        assert!(e.to_string().contains("USER_RECOVERY_FAIL_IO (since Linux 6.13)"), "{e}");
-        assert_eq!(devices(), []);
-        return;
+        return disk::kernel::refused(&e, Features::USER_RECOVERY_FAIL_IO);
     }
     println!("{} requests failed", killed_under_load("fail-io", 10));
 }
 
 #[test]
 fn with_fail_io_nobody_waits_while_there_is_no_server() {
-    if !has(mode("fail-io")) {
+    if lacks(mode("fail-io")) {
         return;
     }
     let store = Store::new("nobody-waits");
@@ -525,8 +518,7 @@ fn a_disk_that_was_handed_over_waits_for_its_next_server() {
     let store = Store::new("waiting");
     let disk = builder(&store.0).require(PLAIN).start().unwrap();
     works(&disk);
-    if !has(Features::QUIESCE) {
-        println!("\nnot run: the driver lacks QUIESCE");
+    if lacks(Features::QUIESCE) {
         return stop(disk);
     }
     let handle = disk.handle();

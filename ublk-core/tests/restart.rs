@@ -63,6 +63,7 @@ fn a_driver_that_starts_no_device_twice_is_named_and_the_disk_goes_on() {
     let failed = running.halt(SOON).unwrap_err();
     assert_eq!(failed.error.kind(), ErrorKind::Unsupported);
     assert!(failed.error.to_string().contains("since Linux 7.3"), "{}", failed.error);
+    println!("\nrefused: a second start (since Linux 7.3)");
     Client::open(failed.device.path()).read(0, 4096).unwrap();
     failed.device.stop(SOON).unwrap();
     no_devices();

@@ -9,8 +9,9 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use disk::kernel::{lacks, offered, refused};
 use disk::{Client, SOON, no_devices};
-use ublk_core::control::{Control, Features};
+use ublk_core::control::Features;
 use ublk_core::targets::{File as FileTarget, Mem, Null};
 use ublk_core::{
     Builder, Capabilities, DataPath, Device, Errno, ErrorKind, Op, QueueContext, Request,
@@ -18,10 +19,6 @@ use ublk_core::{
 };
 
 const MIB: u64 = 1 << 20;
-
-fn is_here() -> bool {
-    Control::open().unwrap().features().unwrap().contains(Features::SHMEM_ZC)
-}
 
 /// A client's own mapping of a shared buffer.
 struct Mapping {
@@ -134,11 +131,9 @@ const PATHS: [DataPath; 4] =
 
 #[test]
 fn requests_in_shared_memory_are_served_where_they_are_on_every_path() {
-    if !is_here() {
+    if !offered().contains(Features::SHMEM_ZC) {
         let e = Null::new().builder(MIB).require(Features::SHMEM_ZC).start().unwrap_err();
-        assert_eq!(e.kind(), ErrorKind::Unsupported);
-        assert!(e.to_string().contains("SHMEM_ZC (since Linux 7.1)"), "{e}");
-        return;
+        return refused(&e, Features::SHMEM_ZC);
     }
     for path in PATHS {
         let shared = Arc::new(AtomicU64::new(0));
@@ -158,7 +153,7 @@ fn requests_in_shared_memory_are_served_where_they_are_on_every_path() {
 
 #[test]
 fn a_file_moves_data_between_itself_and_shared_memory() {
-    if !is_here() {
+    if lacks(Features::SHMEM_ZC) {
         return;
     }
     let name = format!("/tmp/ublk-shmem-{}", std::process::id());
@@ -191,7 +186,7 @@ fn memfd(seals: i32) -> OwnedFd {
 
 #[test]
 fn a_read_only_buffer_serves_writes_of_the_client_alone() {
-    if !is_here() {
+    if lacks(Features::SHMEM_ZC) {
         return;
     }
     let shared = Arc::new(AtomicU64::new(0));
@@ -232,8 +227,8 @@ fn what_cannot_be_shared_is_refused_with_a_reason() {
     assert_eq!(e.kind(), ErrorKind::Unsupported);
     assert!(e.to_string().contains("SHMEM_ZC (since Linux 7.1)"), "{e}");
     plain.stop(SOON).unwrap();
-    if !is_here() {
-        return;
+    if !offered().contains(Features::SHMEM_ZC) {
+        return refused(&e, Features::SHMEM_ZC);
     }
     // On a thread that serves the disk the call would wait for itself.
     let handle = Arc::new(Mutex::new(None::<Device>));
@@ -269,7 +264,7 @@ fn read(path: &Path) {
 
 #[test]
 fn huge_pages_are_shared_where_some_are_reserved() {
-    if !is_here() {
+    if lacks(Features::SHMEM_ZC) {
         return;
     }
     let reserved = "/proc/sys/vm/nr_hugepages";

@@ -15,6 +15,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use disk::kernel::lacks;
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
@@ -327,9 +328,8 @@ fn a_worker_that_is_stuck_costs_the_device_and_not_the_server() {
         Some("stuck") => return stuck(),
         _ => {}
     }
-    if !Control::open().unwrap().features().unwrap().contains(F::PER_IO_DAEMON) {
-        // Its only way to abort requests whose server has closed the device is to kill the server.
-        println!("\nnot run: needs a driver with PER_IO_DAEMON");
+    // The only way of drivers before it to abort requests whose server has closed the device is to kill the server.
+    if lacks(F::PER_IO_DAEMON) {
         return;
     }
     let _udev = Udev::start(TEST);

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "no suite uses all of it")]
 
 pub(crate) mod cycle;
+pub(crate) mod kernel;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{self, File, OpenOptions};
