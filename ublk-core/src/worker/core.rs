@@ -215,8 +215,9 @@ impl Core {
     ///
     /// With [`ErrorKind::TooMany`] if the worker's tables are full, and what the kernel refuses.
     pub(crate) fn attach(&mut self, start: Start) -> Result<u32> {
-        let (device, queue, depth) = (start.device, start.queue, start.depth);
-        let fail = |e: Error| e.on_device(device).on_queue(queue);
+        let (device, number, depth) = (start.device, start.queue, start.depth);
+        let events = Arc::clone(&start.events);
+        let fail = |e: Error| e.on_device(device).on_queue(number);
         // One completion of a command and one of the operation behind it for each tag, and the bell.
         let limit = self.ring.completions();
         if self.admitted + u32::from(depth) > limit {
@@ -242,11 +243,20 @@ impl Core {
             }
         };
         let key = u32::try_from(key).unwrap_or(u32::MAX);
-        let commands = PerTag::new(queue, target, start.encoding, start.path);
+        let commands = PerTag::new(number, target, start.encoding, start.path);
         let batch = match start.batched {
-            true => Some(Batch::new(&self.ring, key, target, &start).map_err(|errno| {
-                fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
-            })?),
+            true => match Batch::new(&self.ring, key, target, &start) {
+                Ok(batch) => Some(batch),
+                Err(errno) => {
+                    // Left in the table it would keep the device from being deleted.
+                    if let Some(file) = commands.file() {
+                        self.ring.unregister_file(file);
+                    }
+                    return Err(fail(
+                        Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno),
+                    ));
+                }
+            },
             false => None,
         };
         let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);
@@ -269,10 +279,11 @@ impl Core {
                 return Ok(key);
             }
         }
-        Err(fail(
-            Error::new(ErrorKind::TooMany, "submit the first fetch of every tag")
-                .because("the kernel has no memory for the commands"),
-        ))
+        // It is here and lets go of its tags as any other; so it is not refused, but has failed.
+        let error = Error::new(ErrorKind::TooMany, "submit the first fetch of every tag")
+            .because("the kernel has no memory for the commands");
+        events.failed(number, fail(error));
+        Ok(key)
     }
 
     /// How the commands of a queue name its device's file: by a registration, unless that would keep the
@@ -472,6 +483,8 @@ impl Core {
         if !self.bell_armed && !self.closing {
             self.arm_bell();
         }
+        // What waits for room in the submission queue may be the bell itself, or what ends what is waited for.
+        let want = if self.backlog.is_empty() { want } else { 0 };
         self.mailbox.enters.add(1);
         self.ring.enter(want)?;
         while let Some(entry) = self.backlog.front() {
@@ -755,7 +768,59 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+    use std::sync::mpsc;
+
     use super::*;
+    use crate::sys::event::Event;
+    use crate::worker::turn::Message;
+
+    /// Longer than anything takes that works.
+    const SOON: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_worker_whose_submission_queue_is_full_hears_its_doorbell() {
+        let mailbox = Mailbox::new().unwrap();
+        let (tell, told) = mpsc::channel();
+        let worker = std::thread::spawn({
+            let mailbox = Arc::clone(&mailbox);
+            move || {
+                let size = Size {
+                    submissions: 4,
+                    completions: 32,
+                    files: 1,
+                    shared: false,
+                    deferred: true,
+                };
+                let mut core = Core::new(size, Arc::clone(&mailbox)).unwrap();
+                let (never, mut bytes) = (Event::new().unwrap(), Box::new(0u64));
+                for _ in 0..core.ring.room() {
+                    let fd = types::Fd(never.as_raw_fd());
+                    let entry = io_uring::opcode::Read::new(fd, (&raw mut *bytes).cast(), 8);
+                    // SAFETY: nobody signals the event, so that the kernel never writes; and the memory outlives the
+                    // ring.
+                    unsafe { core.push(entry.build().user_data(Token::Cancel.encode())) };
+                }
+                assert_eq!(core.ring.room(), 0);
+                assert!(!core.has_backlog() && mailbox.may_sleep());
+                let mut harvest = Harvest::default();
+                // The bell does not fit in. It is what wakes the worker.
+                let mut turns = 0;
+                while turns == 0 || core.bell_armed {
+                    core.enter(1).unwrap();
+                    core.reap(&mut harvest);
+                    turns += 1;
+                    tell.send(turns).unwrap();
+                }
+                drop(core);
+                drop(bytes);
+            }
+        });
+        assert_eq!(told.recv_timeout(SOON), Ok(1), "it sleeps, and nothing can wake it");
+        assert!(mailbox.send(Message::End).is_ok());
+        assert_eq!(told.recv_timeout(SOON), Ok(2), "the doorbell was not heard");
+        worker.join().unwrap();
+    }
 
     #[test]
     fn tokens_survive_the_trip_through_the_kernel() {
