@@ -65,7 +65,7 @@ CAPABILITIES = (
         "Stop with a deadline, by force, by others, under load",
         r"(life::|test_disk_life).*(stop|drop|delete|revoked|held)",
     ),
-    Capability("Bring-up, nothing left behind", r"life::|cancelled::|test_disk_life"),
+    Capability("Bring-up, nothing left behind", r"life::|cancelled::|described::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
     Capability("Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::"),

@@ -22,6 +22,7 @@
 //! Each step cleans up after itself when it fails: no device, thread, descriptor or mapping stays.
 
 mod builder;
+mod granted;
 mod halt;
 mod handover;
 mod life;
