@@ -240,11 +240,11 @@ impl Device {
     fn bring_up(
         self: &Arc<Self>,
         attempt: &'static str,
-        up: impl FnOnce(&Arc<Self>, &Config, Option<Box<Added>>) -> Result<Running> + Send,
+        up: impl FnOnce(&Arc<Self>, &Config, &mut Option<Box<Added>>) -> Result<Running> + Send,
     ) -> Result<()> {
         self.check_process(attempt)?;
         boundary::may_wait(attempt)?;
-        let (config, added) = {
+        let (config, mut added) = {
             let mut state = self.lock();
             match std::mem::replace(&mut state.phase, Phase::Changing) {
                 Phase::Described(added) => (state.config.clone(), added),
@@ -259,7 +259,7 @@ impl Device {
         {
             inbox.adopt();
         }
-        let done = self.dispatching(move || up(self, &config, added));
+        let done = self.dispatching(|| up(self, &config, &mut added));
         let mut state = self.lock();
         match done {
             Ok(running) => {
@@ -270,20 +270,23 @@ impl Device {
                 Ok(())
             }
             Err(error) => {
-                // Nothing is left of the attempt: the description can be mended and tried again.
-                state.phase = Phase::Described(None);
+                // Nothing is left of the attempt but a halted device that is not what the options describe: these can
+                // be mended, and it is tried again.
+                state.phase = Phase::Described(added);
                 Err(error)
             }
         }
     }
 
     pub(crate) fn start(self: &Arc<Self>) -> Result<()> {
-        self.bring_up("start the device", |this, config, added| match added {
-            None => this.builder(config, None)?.start(),
-            Some(mut added) => {
+        self.bring_up("start the device", |this, config, halted| {
+            if let Some(added) = halted {
                 let depth = added.info().queue_depth;
                 added.describe(this.builder(config, Some(depth))?)?;
-                added.start()
+            }
+            match halted.take() {
+                Some(added) => added.start(),
+                None => this.builder(config, None)?.start(),
             }
         })
     }

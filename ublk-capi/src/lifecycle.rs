@@ -254,7 +254,8 @@ pub unsafe extern "C" fn ublk_rs_device_set_workers(
 /// Starts the disk: when this returns, its node can be opened.
 ///
 /// Waits: for the kernel, up to the option start_timeout_ms. Not from a callback. With the option dispatch the calling
-/// thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options.
+/// thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options; so
+/// can a halted device that these do not fit, which stays.
 ///
 /// @param device  the device
 /// @param error   NULL, or where to say what went wrong
