@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
 use disk::{Client, Ram, SOON, eventually, no_devices};
-use ublk_core::control::{Control, Features};
+use ublk_core::control::Features;
 use ublk_core::targets::{File as FileTarget, Mem, Null};
 use ublk_core::{
     Builder, Capabilities, DataPath, Errno, ErrorKind, Gone, Op, QueueContext, Request, Workers,
