@@ -79,16 +79,20 @@ impl Region {
         self.len
     }
 
-    /// Gives the memory of a range back to the system: it reads as zeroes afterwards.
+    /// Gives the memory of a range back to the system: it reads as zeroes afterwards, if that succeeds. Memory that
+    /// is locked (`mlockall`) stays as it is.
     ///
     /// # Safety
     ///
     /// Nobody may hold a reference into the range or be reading or writing it, the kernel included.
-    pub(crate) unsafe fn discard(&self, at: usize, len: usize) {
+    pub(crate) unsafe fn discard(&self, at: usize, len: usize) -> Result<(), Errno> {
         let start = self.at(at);
         assert!(len <= self.len - at);
         // SAFETY: inside of our mapping; that nobody looks is the caller's promise.
-        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_DONTNEED) };
+        match unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(Errno::last()),
+        }
     }
 }
 
