@@ -337,6 +337,11 @@ impl Core {
         reach.is_registered().then_some(reach.index())
     }
 
+    /// Whether the request of a slot came to this worker.
+    pub(crate) fn issued(&self, slot: &Slot) -> bool {
+        Arc::ptr_eq(slot.mailbox(), &self.mailbox)
+    }
+
     /// How an entry names the file of the device that a slot's request is of.
     pub(crate) fn target_of(&mut self, slot: &Slot) -> Option<Target> {
         Some(self.queue(slot.place().key)?.commands().target())
