@@ -89,12 +89,16 @@ impl SharedMap {
         self.len
     }
 
-    /// The address of a range, if it is within.
+    /// The address of a range, if it is within. A forked child has none: there the memory is not mapped.
     pub(crate) fn range(&self, at: u64, len: usize) -> Option<NonNull<u8>> {
         let at = usize::try_from(at).ok()?;
-        let fits = at.checked_add(len).is_some_and(|end| end <= self.len);
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.len) && self.is_ours();
         // SAFETY: inside of the mapping, just checked.
         fits.then(|| unsafe { self.start.add(at) })
+    }
+
+    fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
     }
 
     /// Copies `len` bytes from there to an address.
@@ -125,7 +129,7 @@ impl SharedMap {
 impl Drop for SharedMap {
     fn drop(&mut self) {
         // In a forked child the range is not mapped, or is something else by now.
-        if self.generation == fork::generation() {
+        if self.is_ours() {
             // SAFETY: our own mapping, unmapped once; whoever uses an address in it holds an Arc of it.
             unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
         }
