@@ -31,6 +31,7 @@ pub(crate) struct Backing {
 pub(crate) struct Region {
     start: NonNull<u8>,
     len: usize,
+    backing: Backing,
 }
 
 // SAFETY: a region is an address range; it has no thread affinity. Who may read or write which part of it
@@ -55,7 +56,7 @@ impl Region {
             return Err(Errno::last());
         }
         let Some(start) = NonNull::new(start.cast::<u8>()) else { return Err(Errno::ENOMEM) };
-        let region = Region { start, len };
+        let region = Region { start, len, backing };
         region.advise(libc::MADV_WIPEONFORK);
         region.advise(if backing.huge_pages { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
         Ok(region)
@@ -77,6 +78,10 @@ impl Region {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    pub(crate) fn backing(&self) -> Backing {
+        self.backing
     }
 
     /// Gives the memory of a range back to the system: it reads as zeroes afterwards, if that succeeds. Memory that

@@ -114,14 +114,18 @@ impl SharedMap {
         Ok(())
     }
 
-    /// Copies bytes there.
-    pub(crate) fn copy_to(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
+    /// Copies `len` bytes from an address there.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of `len` bytes, and outside of shared memory.
+    pub(crate) unsafe fn copy_to(&self, at: u64, from: *const u8, len: usize) -> Result<(), Errno> {
         if !self.writable {
             return Err(Errno::EACCES);
         }
-        let to = self.range(at, data.len()).ok_or(Errno::EFAULT)?;
-        // SAFETY: both ranges are valid and apart from each other: nobody has a slice of shared memory.
-        unsafe { to.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        let to = self.range(at, len).ok_or(Errno::EFAULT)?;
+        // SAFETY: both ranges are valid, and apart from each other.
+        unsafe { to.as_ptr().copy_from_nonoverlapping(from, len) };
         Ok(())
     }
 }
@@ -153,14 +157,18 @@ mod tests {
             let map = |writable| SharedMap::new(file.as_fd(), 8192, writable).unwrap();
             (map(true), map(false))
         };
-        one.copy_to(4000, b"shared").unwrap();
+        // SAFETY: a live slice.
+        let put = |map: &SharedMap, at, data: &[u8]| unsafe {
+            map.copy_to(at, data.as_ptr(), data.len())
+        };
+        put(&one, 4000, b"shared").unwrap();
         let mut seen = [0; 6];
         // SAFETY: an array of ours.
         unsafe { two.copy_from(4000, seen.as_mut_ptr(), 6).unwrap() };
         assert_eq!(&seen, b"shared");
-        assert_eq!(two.copy_to(0, b"read-only"), Err(Errno::EACCES));
-        assert_eq!(one.copy_to(8190, b"over"), Err(Errno::EFAULT));
-        assert_eq!(one.copy_to(u64::MAX, b"over"), Err(Errno::EFAULT));
+        assert_eq!(put(&two, 0, b"read-only"), Err(Errno::EACCES));
+        assert_eq!(put(&one, 8190, b"over"), Err(Errno::EFAULT));
+        assert_eq!(put(&one, u64::MAX, b"over"), Err(Errno::EFAULT));
         assert!(two.range(8192, 0).is_some() && two.range(8192, 1).is_none());
     }
 }
