@@ -253,8 +253,11 @@ impl Control {
             rules::startable(id, &params)?;
         }
         let started = self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait);
-        started.map(drop).map_err(|e| match (e.errno(), self.get_raw_info(id)) {
-            (Some(errno), Ok(info)) => rules::not_started(e, errno, server_pid, &info),
+        started.map(drop).map_err(|e| match e.errno() {
+            Some(errno @ (Errno::EEXIST | Errno::EINVAL)) => match self.get_raw_info(id) {
+                Ok(info) => rules::not_started(e, errno, server_pid, &info),
+                Err(_) => e,
+            },
             _ => e,
         })
     }
