@@ -71,7 +71,6 @@ impl Call {
 }
 
 /// What makes a command of a call.
-#[derive(Clone)]
 struct Sender {
     places: Places,
     encoding: Encoding,
@@ -474,7 +473,7 @@ impl Control {
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that
-    /// is not 1 to 1,048,576 whole pages of 4 KiB (4 GiB) or flags other than
+    /// is not whole pages, of at most 4 GiB in all, and for flags other than
     /// [`UBLK_SHMEM_BUF_READ_ONLY`](crate::uapi::UBLK_SHMEM_BUF_READ_ONLY), [`ErrorKind::Io`] with `EEXIST` if a part of
     /// it is registered already.
     pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
@@ -491,7 +490,8 @@ impl Control {
     ///
     /// # Safety
     ///
-    /// As [`reg_buf`](Self::reg_buf), but for as long as `registrar` lives there is no need to look at `outstanding`.
+    /// As [`reg_buf`](Self::reg_buf). It may be `registrar` that keeps the memory mapped while the command is under way:
+    /// it is dropped when the driver has answered.
     pub(crate) unsafe fn reg_buf_for(
         &self,
         id: u32,

@@ -535,6 +535,35 @@ mod tests {
         assert_eq!(state.available, state.threads.len());
     }
 
+    fn running() -> Job {
+        let wake = Arc::new(Event::new().unwrap());
+        let phase = Phase::Running { since: Instant::now(), wake };
+        Job {
+            command: ControlCommand::RegBuf,
+            device: Some(3),
+            state: Mutex::new(JobState { phase, cancel: false, abandoned: false, answered: false }),
+            changed: Condvar::new(),
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no eventfd that blocks")]
+    fn what_a_command_did_is_its_callers_or_undone() {
+        let at_once = Wait::for_(Duration::ZERO);
+        let late = running();
+        assert_eq!(late.wait(&at_once).err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
+        assert!(!late.is_awaited(), "to be undone");
+        let just_in_time = running();
+        assert!(just_in_time.is_awaited(), "to be taken");
+        std::thread::scope(|s| {
+            let caller = s.spawn(|| just_in_time.wait(&at_once).map(|answer| answer.result));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!caller.is_finished());
+            just_in_time.finish(Ok(Answer { result: 7, memory: Vec::new() }));
+            assert_eq!(caller.join().unwrap().unwrap(), 7);
+        });
+    }
+
     #[test]
     fn a_wait_that_is_over_asks_nothing() {
         let token = super::super::CancelToken::new();
