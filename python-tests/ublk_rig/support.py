@@ -79,7 +79,7 @@ CAPABILITIES = (
     Capability("Async backends on the worker's ring", r"async_ring::"),
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
-    Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
+    Capability("Control commands, features, parameters, from any thread", r"control::|rules::|\blate::"),
     Capability("Batches taken in part, pages that cannot be registered: what comes of it", r"driver_failures::"),
     Capability("The driver's protocol, point by point", r"claims::"),
 )
