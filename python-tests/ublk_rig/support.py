@@ -124,6 +124,15 @@ class Table:
     unclaimed: list[str]
     # What tests have measured, by its name and kernel: the most.
     figures: dict[str, dict[str, float]]
+    # What the kernels say of themselves.
+    releases: dict[str, str] = field(default_factory=dict)
+
+    def heading(self, kernel: str) -> str:
+        """The column of a kernel: what ran, whatever it was asked for as."""
+        release = self.releases.get(kernel)
+        if release is None:
+            return f"Linux {kernel}"
+        return f"Linux {kernels.series_of(release)} ({re.split('[-+]', release)[0]})"
 
 
 def row_of(nodeid: str) -> str | None:
@@ -152,14 +161,14 @@ def collect(summary: dict[str, Any]) -> Table:
             cells[row].setdefault(kernel, Cell()).add(test)
     seen = {kernel for row in cells.values() for kernel in row}
     columns = [k for k in kernels.SERIES if k in seen] + sorted(seen - set(kernels.SERIES))
-    return Table(columns, cells, unclaimed, figures)
+    return Table(columns, cells, unclaimed, figures, summary.get("releases", {}))
 
 
 def render(table: Table) -> str:
     """The table, as Markdown."""
     if not table.kernels:
         raise NoTable("no test of a capability ran on any kernel")
-    rows = [["", *(f"Linux {k}" for k in table.kernels)]]
+    rows = [["", *map(table.heading, table.kernels)]]
     rows += [[name, *(str(by.get(k, Cell())) for k in table.kernels)] for name, by in table.cells.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))
