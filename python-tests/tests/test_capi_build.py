@@ -57,6 +57,12 @@ def test_symbols_are_those_of_the_list() -> None:
     assert sorted(declared) == listed
 
 
+def test_the_cxx_header_has_all_of_it() -> None:
+    header = (layout.TREE / "include/ublk_rs.hpp").read_text()
+    listed = (capi.CAPI / "symbols.txt").read_text().split()
+    assert [name for name in listed if not re.search(rf"\b{name}\(", header)] == []
+
+
 def test_a_symbol_too_many_is_noticed(tmp_path: Path) -> None:
     listed = capi.CAPI / "symbols.txt"
     planted = tmp_path / "symbols.txt"

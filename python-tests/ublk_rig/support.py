@@ -52,8 +52,8 @@ CAPABILITIES = (
     Capability("Disks that misbehave by rules (fault)", r"fault::|test_disk_fault"),
     Capability("Every data path, command strategy and target through a life", r"test_disk_matrix"),
     Capability("Data paths and batches, with every kind of backend; several workers a queue", r"data_paths::"),
-    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::"),
-    Capability("Devices of ordinary users, with udev", r"\bunprivileged::"),
+    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::|test_examples.*shares_memory"),
+    Capability("Devices of ordinary users, with udev", r"\bunprivileged::|test_examples.*alice"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
     ),
@@ -68,11 +68,13 @@ CAPABILITIES = (
     Capability("Bring-up, nothing left behind", r"life::|cancelled::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
-    Capability("Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::"),
+    Capability(
+        "Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::|test_examples.*successor"
+    ),
     Capability("A device that is stopped and started again", r"restart::"),
     Capability("Commands by bare numbers (legacy opcodes)", r"legacy::"),
     Capability("Resizing; no scan for partitions", r"resize::"),
-    Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned"),
+    Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned|test_examples.*zones"),
     Capability("Integrity metadata, made and verified by the kernel", r"integrity::"),
     Capability("Forked children hold nothing", r"fork::"),
     Capability("Requests: completed anywhere, exactly once", r"requests::|attendant::"),
