@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig.provision import too_old, wanted_packages
+from ublk_rig.provision import CannotProvision, install, too_old, wanted_packages
 from ublk_vm import accel, apt, initramfs, kernels, manifest
 from ublk_vm.layout import cache_dir
 from ublk_vm.moduledeps import insmod_order
@@ -331,7 +331,13 @@ def test_packages_are_listed_with_a_reason() -> None:
 def test_a_compiler_that_is_too_old_is_named() -> None:
     manifest = '[workspace.package]\nedition = "2024"\nrust-version = "1.88"\n'
     for said in ("cargo 1.88.0 (873a06493 2025-05-10)", "cargo 2.0.0", "cargo 1.105.1"):
-        assert too_old(said, manifest) is None
-    assert too_old("cargo 1.63.0 (Debian)", manifest) == (
-        "Rust 1.63 is too old, 1.88 is needed: rustup update stable"
-    )
+        assert too_old(said, manifest, by_rustup=True) is None
+    said = "cargo 1.85.0 (Debian)"
+    assert too_old(said, manifest, by_rustup=True) == "Rust 1.85 is too old, 1.88 is needed: rustup update stable"
+    assert "install Rust by rustup" in str(too_old(said, manifest, by_rustup=False))
+
+
+def test_a_machine_that_is_no_debian_is_told_what_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(CannotProvision, match=r"this is no Debian: .* busybox-static"):
+        install({"busybox-static": "the guest's first programs"})
