@@ -1017,7 +1017,7 @@ int ublk_rs_device_new(uint64_t size,
                        ublk_rs_error *error);
 
 /**
- * Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem";
+ * Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem", "stripe";
  * ublk_rs_target_name() lists them. Options say the rest, its size among them.
  *
  * Never blocks. Any thread.
@@ -1027,7 +1027,9 @@ int ublk_rs_device_new(uint64_t size,
  * @param error   NULL, or where to say what went wrong
  * @return 0; -EINVAL for a name that is none or a NULL where none may be
  */
-int ublk_rs_device_new_target(const char *target, ublk_rs_device **device, ublk_rs_error *error);
+int ublk_rs_device_new_target(const char *target,
+                              ublk_rs_device **device,
+                              ublk_rs_error *error);
 
 /**
  * Ends the handle, and what it still has: a disk that runs is stopped by force within five seconds, a halted device is
