@@ -645,7 +645,38 @@ impl Builder {
             && !features.forbid.intersects(best)
             && !self.misplaces_appends(features.require | features.prefer | best);
         let favourite = if wanted { best } else { Features::NONE };
+        if !wanted {
+            features = self.with_a_way_to_shared_memory(features)?;
+            add.features = features;
+        }
         Ok(Plan { params, add, favourite })
+    }
+
+    /// A server does not know the memory that a former one has shared with clients, and the driver does not copy what is
+    /// there: a disk that can be recovered needs another way to the data of its requests.
+    fn with_a_way_to_shared_memory(&self, mut features: FeatureRequest) -> Result<FeatureRequest> {
+        let both = Features::SHMEM_ZC | Features::USER_RECOVERY;
+        let asked = features.require | features.prefer;
+        if !asked.contains(both) || !DataPath::of(features.require).is_copied_by_driver() {
+            return Ok(features);
+        }
+        let other = DataPath::UserCopy.features();
+        if self.data_path == DataPath::Auto
+            && !features.forbid.intersects(other)
+            && !self.may_be_unprivileged()
+        {
+            features.require |= other;
+        } else if features.require.contains(Features::SHMEM_ZC) {
+            return Err(Error::new(ErrorKind::InvalidParameter, "describe the device")
+                .because(
+                    "SHMEM_ZC and USER_RECOVERY together exclude the data path copy: the driver does not copy what lies \
+                     in shared memory, and a server that recovers the disk does not know that memory",
+                )
+                .remedy_is("use user-copy, zero-copy or auto-buf-reg"));
+        } else {
+            features.prefer = features.prefer - Features::SHMEM_ZC;
+        }
+        Ok(features)
     }
 
     /// Checks what can be checked without the kernel. What makes or takes over a device does that by itself.

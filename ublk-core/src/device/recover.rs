@@ -92,6 +92,7 @@ impl Builder {
             false,
             char_device,
         );
+        life.warn_of_memory_that_nobody_knows();
         let rise = Rise { builder: &self, info: &life.info, way: Way::Recover };
         match rise.bring_up(&life, deadline) {
             Ok(()) => Ok(Running::new(life, self)),
