@@ -1017,7 +1017,7 @@ int ublk_rs_device_new(uint64_t size,
                        ublk_rs_error *error);
 
 /**
- * Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem";
+ * Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem", "stripe";
  * ublk_rs_target_name() lists them. Options say the rest, its size among them.
  *
  * Never blocks. Any thread.
@@ -1027,7 +1027,9 @@ int ublk_rs_device_new(uint64_t size,
  * @param error   NULL, or where to say what went wrong
  * @return 0; -EINVAL for a name that is none or a NULL where none may be
  */
-int ublk_rs_device_new_target(const char *target, ublk_rs_device **device, ublk_rs_error *error);
+int ublk_rs_device_new_target(const char *target,
+                              ublk_rs_device **device,
+                              ublk_rs_error *error);
 
 /**
  * Ends the handle, and what it still has: a disk that runs is stopped by force within five seconds, a halted device is
@@ -1112,7 +1114,8 @@ int ublk_rs_device_set_workers(ublk_rs_device *device, const ublk_rs_workers *wo
  * Starts the disk: when this returns, its node can be opened.
  *
  * Waits: for the kernel, up to the option start_timeout_ms. Not from a callback. With the option dispatch the calling
- * thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options.
+ * thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options; so
+ * can a halted device that these do not fit, which stays.
  *
  * @param device  the device
  * @param error   NULL, or where to say what went wrong

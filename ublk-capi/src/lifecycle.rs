@@ -13,6 +13,7 @@ use crate::device::{Device, Source, millis, ublk_rs_device};
 use crate::error::ublk_rs_error;
 use crate::options::{Id, Value};
 use crate::targets::Target;
+use crate::words::of_c;
 use crate::workers::{self, ublk_rs_workers};
 
 /// The program stopped it, or halted it.
@@ -75,7 +76,7 @@ pub unsafe extern "C" fn ublk_rs_device_new(
     })
 }
 
-/// Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem";
+/// Makes a device that is served by a ready-made backend of the library: "null", "mem", "file", "zoned-mem", "stripe";
 /// ublk_rs_target_name() lists them. Options say the rest, its size among them.
 ///
 /// Never blocks. Any thread.
@@ -254,7 +255,8 @@ pub unsafe extern "C" fn ublk_rs_device_set_workers(
 /// Starts the disk: when this returns, its node can be opened.
 ///
 /// Waits: for the kernel, up to the option start_timeout_ms. Not from a callback. With the option dispatch the calling
-/// thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options.
+/// thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options; so
+/// can a halted device that these do not fit, which stays.
 ///
 /// @param device  the device
 /// @param error   NULL, or where to say what went wrong
@@ -625,7 +627,7 @@ pub unsafe extern "C" fn ublk_rs_device_warnings(
         // SAFETY: the program's promise about its handle.
         let Some(core) = (unsafe { core(device) }) else { return -libc::EBADFD };
         let warnings = core.warnings();
-        let mut all = warnings.join("\n").replace('\0', " ").into_bytes();
+        let mut all = of_c(&warnings.join("\n")).replace('\0', " ").into_bytes();
         all.truncate(capacity - 1);
         all.push(0);
         // SAFETY: `capacity` bytes are writable by the program's promise, and it fits.

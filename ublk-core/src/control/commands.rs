@@ -21,8 +21,8 @@ use crate::uring::sqe::ControlCommand as C;
 /// Bytes of the CPU bitmap that GET_QUEUE_AFFINITY fills: the kernel's largest NR_CPUS is 8192.
 const CPU_BYTES: usize = 8192 / 8;
 
-/// What takes a success back, made by whoever can make commands.
-type TakeBack = Box<dyn FnOnce(&Answer, Sender) -> Work + Send>;
+/// Makes what takes a success back.
+type UndoCall = Box<dyn FnOnce(&Answer, Sender) -> Work + Send>;
 
 /// A command about one device.
 struct Call {
@@ -32,7 +32,7 @@ struct Call {
     payload: Vec<u8>,
     with_path: bool,
     heard: Option<Heard>,
-    undo: Option<TakeBack>,
+    undo: Option<UndoCall>,
 }
 
 impl Call {

@@ -51,7 +51,8 @@ impl SharedBuffer {
     }
 
     /// As [`new`](Self::new), of the system's huge pages, which have to be reserved (`vm.nr_hugepages`); `bytes` is a
-    /// multiple of their size.
+    /// multiple of their size. For clients that are trusted: one that punches a hole in the file while no huge page is
+    /// free ends the process by the next access (`SIGBUS`).
     ///
     /// # Errors
     ///
