@@ -3,8 +3,9 @@
 mod disk;
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -431,6 +432,36 @@ fn a_disk_that_could_be_opened_is_not_stopped_in_that_moment() {
         let refused = bounded("the opener", move || opener.join()).unwrap();
         assert!(matches!(refused, Some(libc::ENXIO | libc::ENOENT | libc::ENODEV)), "{refused:?}");
     }
+    no_devices();
+}
+
+#[test]
+fn a_disk_that_is_mounted_where_nobody_can_see_it_is_busy() {
+    if lacks(Features::SAFE_STOP_DEV) {
+        return;
+    }
+    let disk = Builder::new(4 * MIB, Ram::new(4 << 20)).start().unwrap();
+    let dir = std::env::temp_dir().join(format!("ublk-unseen-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    assert!(Command::new("mkfs.ext4").arg("-q").arg(disk.path()).status().unwrap().success());
+    let script = "mount $1 $2 && echo mounted && read line";
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"])
+        .args([disk.path(), &dir])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(elsewhere.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "mounted\n");
+    let failed = bounded("the stop", move || disk.stop(Duration::from_millis(300)).unwrap_err());
+    assert_eq!(failed.error.kind(), ErrorKind::Busy, "{}", failed.error);
+    assert_eq!(failed.error.holders(), [Holder::Unseen]);
+    drop(elsewhere.stdin.take());
+    elsewhere.wait().unwrap();
+    failed.device.stop(SOON).unwrap();
+    fs::remove_dir(dir).unwrap();
     no_devices();
 }
 
