@@ -30,6 +30,7 @@ mod params;
 mod params_integrity;
 mod params_wire;
 mod pool;
+pub(crate) mod probe;
 pub(crate) mod wait;
 
 use std::path::PathBuf;

@@ -22,6 +22,23 @@ pub(crate) fn spawn<T: Send + 'static>(
     })
 }
 
+/// Starts a thread with a table of files of its own, which is empty: no child that is forked meanwhile has part in what
+/// the body opens. The body brings no descriptor along, and says nothing: it has no standard error either.
+pub(crate) fn spawn_apart(name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let apart = || {
+        let (first, last) = (0, libc::c_uint::MAX);
+        // SAFETY: integers. The process's table stays as it is: the thread leaves it and takes nothing along, and none
+        // of its code has used a descriptor so far.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) == 0 }
+    };
+    spawn(name, move || {
+        if apart() {
+            body();
+        }
+    })
+    .map(drop)
+}
+
 struct SignalsBlocked(libc::sigset_t);
 
 impl SignalsBlocked {
