@@ -1,20 +1,20 @@
 //! The control plane against a real driver. Runs as root where `ublk_drv` is loaded, one test at a
 //! time.
 
+mod disk;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
+use disk::{SOON, eventually};
 use ublk_core::control::{
     AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
     Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait,
 };
 use ublk_core::{Errno, ErrorKind};
-
-// Generous: the guest may be emulated.
-const SOON: Duration = Duration::from_secs(30);
 
 fn both_encodings(test: impl Fn(Control)) {
     for encoding in [Encoding::Ioctl, Encoding::Legacy] {
@@ -43,14 +43,6 @@ fn ids(control: &Control) -> BTreeSet<u32> {
 fn is_recent(control: &Control) -> bool {
     // 6.16 and later; parameter sections have no bits of their own.
     control.get_features().unwrap().contains(Features::AUTO_BUF_REG)
-}
-
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let end = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < end, "{what}: not in time");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn open_files() -> Vec<String> {

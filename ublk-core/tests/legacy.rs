@@ -78,7 +78,7 @@ fn a_killed_server_s_device_is_recovered_and_handed_over_by_bare_numbers() {
     server.kill();
     server.wait();
     let recover = || {
-        let builder = file_builder(&path).start_timeout(SOON - Duration::from_secs(10));
+        let builder = file_builder(&path).start_timeout(patience() - Duration::from_secs(10));
         bounded("a recovery", move || builder.recover(id, &legacy()).unwrap())
     };
     let mut running = recover();

@@ -1,8 +1,8 @@
 //! Whether somebody has claimed a disk whom nobody sees: a file system that is mounted in another namespace, or what is on
-//! top of the disk. The kernel lets nobody open a disk, or the whole of a partition, exclusively that has been claimed.
+//! top of it. The kernel lets nobody open a disk exclusively while it, or a partition of it, is claimed.
 //!
-//! A process in another namespace that merely has it open claims nothing, and is not found. Nothing hears of the open:
-//! udev looks at disks again that were open for writing.
+//! A process in another namespace that merely has it open claims nothing, and is not found. The look is not noticed: what
+//! has udev look at a disk again is the close of one that was open for writing.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
