@@ -441,9 +441,21 @@ impl Request {
     }
 
     fn push(&self, at: usize, data: &[u8]) {
+        // SAFETY: a live slice; nobody has one of shared memory.
+        unsafe { self.push_from(at, data.as_ptr(), data.len()) };
+    }
+
+    /// Gives `len` bytes at an address to the client, where the driver does not.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of `len` bytes, and outside of shared memory.
+    unsafe fn push_from(&self, at: usize, from: *const u8, len: usize) {
         let pushed = match &self.shared {
-            Some(part) => self.slot().moving(|| part.push(at as u64, data)),
-            None => self.slot().push(at as u64, data),
+            // SAFETY: the caller's promise.
+            Some(part) => self.slot().moving(|| unsafe { part.push(at as u64, from, len) }),
+            // SAFETY: the caller's promise.
+            None => unsafe { self.slot().push_from(at as u64, from, len) },
         };
         if let Err(errno) = pushed {
             self.broken.set(Some(errno));
@@ -605,6 +617,10 @@ impl Request {
             );
             result = Err(Errno::EIO);
         }
+        let by_the_driver = self.slot().reach().is_none() && self.shared.is_none();
+        if self.keeps_buffer && self.op == Op::Read && result.is_ok() && by_the_driver {
+            result = self.slot().move_out(self.len as u32);
+        }
         let outcome = Outcome {
             result: match result {
                 Ok(()) if self.op.has_data() => Ok(self.len as u32),
@@ -633,11 +649,10 @@ impl Request {
             self.broken.set(Some(errno));
         }
         if self.is_staged() {
-            let start = self.slot().buffer().start().as_ptr();
-            // SAFETY: within the buffer, initialised; ours alone as in `data_mut`, and no ring operation is in
-            // flight (the caller has checked).
-            let data = unsafe { std::slice::from_raw_parts(start, self.len as usize) };
-            self.push(0, data);
+            // No slice: somebody who keeps the buffer may be writing to it.
+            let from = self.slot().buffer().start().as_ptr();
+            // SAFETY: within the buffer, which is initialised.
+            unsafe { self.push_from(0, from, self.len as usize) };
         }
     }
 

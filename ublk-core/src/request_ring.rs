@@ -19,10 +19,15 @@ impl Request {
     /// # Errors
     ///
     /// `EOPNOTSUPP` unless the device's data path is [`DataPath::ZeroCopy`]; `EINVAL` for a request without data, or whose
-    /// data is in [shared memory](Self::is_shared); `ENODEV` if the device has ended. The kernel itself answers the entry
+    /// data is in [shared memory](Self::is_shared); `ENODEV` if the request was
+    /// revoked or the device has ended. The kernel itself answers the entry
     /// with `EINVAL` on a thread that is not the tag's worker before
     /// [`BUF_REG_OFF_DAEMON`](crate::control::Features::BUF_REG_OFF_DAEMON) (Linux 6.17).
     pub fn register_entry(&self, index: u16) -> Result<[u8; 64], Errno> {
+        if !self.slot().is_owned() {
+            // The tag may be another request's.
+            return Err(Errno::ENODEV);
+        }
         let commands = self.foreign_commands()?;
         // The length of a request with data is a buffer's, a u32.
         self.filled.borrow_mut().add(0..self.len as u32);

@@ -252,6 +252,11 @@ fn a_kept_buffer_stays_readable_and_writable_for_its_keeper() {
     let kept = request.keep_buffer();
     request.complete(OK).unwrap();
     assert!(slot.outcome().unwrap().keeps_buffer);
+    // SAFETY: as below.
+    unsafe { kept.as_ptr().write_bytes(5, 100) };
+    let moved = slot.take_moved().unwrap();
+    // SAFETY: the region is as long as the buffer, and nobody else's.
+    assert_eq!(unsafe { moved.at(0).read() }, 6, "the client gets what was there at the end");
     drop((taken(&mailbox), slot, mailbox));
     assert_eq!((kept.len(), kept.is_empty()), (LEN as usize, false));
     // SAFETY: the buffer is valid while `kept` lives, and nobody else's.

@@ -16,10 +16,12 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
+use disk::kernel::offered;
 use disk::{Client, Held, SOON, bounded, eventually, no_devices};
 use ublk_core::control::Features;
 use ublk_core::{
-    AsyncBackend, Builder, Capabilities, Errno, Op, QueueContext, Request, Ring, RingFile, Running,
+    AsyncBackend, Builder, Capabilities, DataPath, Errno, Op, QueueContext, Request, Ring,
+    RingFile, Running,
 };
 
 const MIB: u64 = 1 << 20;
@@ -491,6 +493,60 @@ fn a_task_is_woken_from_another_thread() {
         join(client).unwrap();
     }
     stop(disk);
+}
+
+/// Disks whose workers pass requests on: what is read at `PASSED` goes from the first worker to the second, whose ring
+/// is to read a file to it.
+#[test]
+fn a_ring_does_not_work_on_the_requests_of_another_worker() {
+    const PASSED: u64 = MIB;
+    let paths = [
+        (DataPath::Copy, Features::NONE),
+        (DataPath::UserCopy, Features::USER_COPY),
+        (DataPath::ZeroCopy, Features::SUPPORT_ZERO_COPY),
+        (DataPath::AutoBufReg, Features::AUTO_BUF_REG),
+    ];
+    for (path, _) in paths.into_iter().filter(|(_, feature)| offered().contains(*feature)) {
+        let (pass, passed) = mpsc::channel::<Request>();
+        let (tell, told) = mpsc::channel();
+        let first = Builder::with_handlers(2 * MIB, Capabilities::NONE, move |_| {
+            let pass = pass.clone();
+            move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+                PASSED => pass.send(request).unwrap(),
+                _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+            }
+        });
+        let first = first.queue_depth(8).data_path(path).start().unwrap();
+        let client = Client::open(first.path());
+        let client = std::thread::spawn(move || client.read(PASSED, BLOCK));
+        let received = Arc::new(Mutex::new(Some(passed.recv_timeout(SOON).unwrap())));
+        let second = Builder::with_handlers(2 * MIB, Capabilities::NONE, move |_| {
+            let (received, tell) = (Arc::clone(&received), tell.clone());
+            move |own: Request, context: &mut QueueContext<'_>| {
+                let ring = context.ring().clone();
+                let theirs = received.lock().unwrap().take();
+                let tell = tell.clone();
+                context.spawn(async move {
+                    let file = RingFile::new(temporary("/tmp"));
+                    if let Some(theirs) = theirs {
+                        let read = ring.read_to_request(&file, 0, &theirs, 0..BLOCK).await;
+                        tell.send(read.unwrap_err().raw_os_error()).unwrap();
+                        theirs.complete(Err(Errno::ENOSPC)).unwrap();
+                    }
+                    let len = own.len() as usize;
+                    let read = ring.read_to_request(&file, 0, &own, 0..len).await;
+                    own.complete(read.map(drop)).unwrap();
+                });
+            }
+        });
+        let second = second.queue_depth(8).data_path(path).start().unwrap();
+        Client::open(second.path()).read(0, BLOCK).unwrap();
+        assert_eq!(told.recv_timeout(SOON).unwrap(), Some(libc::EXDEV), "{path}");
+        let answer = bounded("the client", move || client.join().unwrap());
+        assert_eq!(answer.unwrap_err().raw_os_error(), Some(libc::ENOSPC), "{path}");
+        second.stop(SOON).unwrap();
+        stop(first);
+    }
 }
 
 #[test]

@@ -17,7 +17,7 @@ use disk::kernel::lacks;
 use disk::{Aligned, Client, SOON, bounded, eventually, no_devices, patience};
 use io_uring::{IoUring, cqueue, squeue, types};
 use raw_server::{Mapping, Raw, length_for};
-use ublk_core::control::{Control, DeviceParams, Features, Wait};
+use ublk_core::control::{DeviceParams, Features, Wait};
 use ublk_core::{
     Builder, Capabilities, DataPath, Errno, ErrorKind, Op, QueueContext, Request, RingFile, uapi,
 };

@@ -3,14 +3,15 @@
 mod disk;
 
 use std::fs;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use disk::{Client, Ram, SOON, bounded, devices, no_devices};
 use ublk_core::control::{Control, Wait};
 use ublk_core::{
-    Builder, Capabilities, Device, Errno, ErrorKind, QueueContext, Request, Running, Workers,
+    Builder, Capabilities, DataPath, Device, Errno, ErrorKind, QueueContext, Request, Running,
+    Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -227,6 +228,44 @@ fn a_child_sees_zeroes_in_a_requests_memory_and_its_completion_goes_nowhere() {
     request.complete(Ok::<(), Errno>(())).unwrap();
     assert_eq!(bounded("the write", move || writer.join().unwrap()), 0);
     disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+/// The numbers of descriptors that were closed in the child are the next that it gets.
+#[test]
+fn what_a_child_does_with_an_inherited_request_does_not_reach_files_of_its_own() {
+    for path in [DataPath::Copy, DataPath::UserCopy] {
+        let (sender, receiver) = mpsc::channel();
+        let disk = Builder::with_handlers(MIB, Capabilities::NONE, move |_| {
+            let sender = sender.clone();
+            move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+                65536 => sender.send(request).unwrap(),
+                _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+            }
+        });
+        let disk = disk.data_path(path).start().unwrap();
+        let client = Client::open(disk.path());
+        let reader = std::thread::spawn(move || client.read(65536, 4096));
+        let mut request = Some(receiver.recv_timeout(SOON).unwrap());
+        // The worker sleeps by now, so that whoever has an answer for it has to wake it.
+        std::thread::sleep(Duration::from_millis(50));
+        let child = forked(|| {
+            let mut request = request.take().unwrap();
+            let own: Vec<fs::File> = (0..64)
+                // SAFETY: the name is a C string, and the descriptor is new.
+                .map(|_| unsafe { fs::File::from_raw_fd(libc::memfd_create(c"own".as_ptr(), 0)) })
+                .collect();
+            request.put(0, &[7; 4096]);
+            let _ = request.complete(Ok::<(), Errno>(()));
+            i32::from(own.iter().any(|file| file.metadata().unwrap().len() != 0))
+        });
+        assert_eq!(child.status(), 0, "{path}");
+        let mut request = request.take().unwrap();
+        request.put(0, &[9; 4096]);
+        request.complete(Ok::<(), Errno>(())).unwrap();
+        assert_eq!(bounded("the read", move || reader.join().unwrap()).unwrap(), [9; 4096]);
+        disk.stop(SOON).unwrap();
+    }
     no_devices();
 }
 

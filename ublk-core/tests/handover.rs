@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use disk::kernel::{lacks, offered};
+use disk::kernel::lacks;
 use disk::{SOON, Server, bounded, eventually, no_devices};
 use ublk_core::control::{Control, Features, Wait};
 use ublk_core::targets::File;

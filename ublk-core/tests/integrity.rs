@@ -9,9 +9,7 @@ use disk::kernel::{lacks, offered, refused};
 use disk::{Client, SOON, no_devices};
 use ublk_core::control::{Checksum, Control, Features, Integrity};
 use ublk_core::targets::Mem;
-use ublk_core::{
-    Builder, Capabilities, DataPath, Errno, ErrorKind, Op, QueueContext, Request, Running,
-};
+use ublk_core::{Builder, Capabilities, DataPath, Errno, Op, QueueContext, Request, Running};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: usize = 4096;

@@ -11,7 +11,8 @@
 //! * the handlers use atomics and `close` only, which are safe between `fork` and `exec` in a
 //!   multi-threaded program;
 //! * the child's *generation* differs from that of everything made before the fork, so that its
-//!   destructors leave alone the numbers that the handler closed (they may belong to somebody else).
+//!   destructors, and whatever still would use them, leave alone the numbers that the handler closed (they may belong
+//!   to somebody else).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -245,8 +246,9 @@ impl OwnFd {
 }
 
 impl AsRawFd for OwnFd {
+    /// The descriptor; -1 in a forked child, where the number may be somebody else's by now.
     fn as_raw_fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        if self.0.is_ours() { self.0.as_raw_fd() } else { -1 }
     }
 }
 
@@ -273,7 +275,8 @@ mod tests {
         let pid = unsafe { libc::fork() };
         if pid == 0 {
             let open = raw.iter().filter(|fd| is_open(**fd)).count();
-            let code = i32::from(open != 0 || generation() == ours || fds[0].0.is_ours());
+            let named = fds.iter().filter(|fd| fd.as_raw_fd() != -1).count();
+            let code = i32::from(open != 0 || named != 0 || generation() == ours);
             // SAFETY: ends the child without running the parent's destructors.
             unsafe { libc::_exit(code) };
         }

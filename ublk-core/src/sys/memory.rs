@@ -31,6 +31,7 @@ pub(crate) struct Backing {
 pub(crate) struct Region {
     start: NonNull<u8>,
     len: usize,
+    backing: Backing,
 }
 
 // SAFETY: a region is an address range; it has no thread affinity. Who may read or write which part of it
@@ -55,7 +56,7 @@ impl Region {
             return Err(Errno::last());
         }
         let Some(start) = NonNull::new(start.cast::<u8>()) else { return Err(Errno::ENOMEM) };
-        let region = Region { start, len };
+        let region = Region { start, len, backing };
         region.advise(libc::MADV_WIPEONFORK);
         region.advise(if backing.huge_pages { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE });
         Ok(region)
@@ -79,16 +80,24 @@ impl Region {
         self.len
     }
 
-    /// Gives the memory of a range back to the system: it reads as zeroes afterwards.
+    pub(crate) fn backing(&self) -> Backing {
+        self.backing
+    }
+
+    /// Gives the memory of a range back to the system: it reads as zeroes afterwards, if that succeeds. Memory that
+    /// is locked (`mlockall`) stays as it is.
     ///
     /// # Safety
     ///
     /// Nobody may hold a reference into the range or be reading or writing it, the kernel included.
-    pub(crate) unsafe fn discard(&self, at: usize, len: usize) {
+    pub(crate) unsafe fn discard(&self, at: usize, len: usize) -> Result<(), Errno> {
         let start = self.at(at);
         assert!(len <= self.len - at);
         // SAFETY: inside of our mapping; that nobody looks is the caller's promise.
-        unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_DONTNEED) };
+        match unsafe { libc::madvise(start.as_ptr().cast(), len, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(Errno::last()),
+        }
     }
 }
 

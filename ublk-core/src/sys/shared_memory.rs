@@ -89,12 +89,16 @@ impl SharedMap {
         self.len
     }
 
-    /// The address of a range, if it is within.
+    /// The address of a range, if it is within. A forked child has none: there the memory is not mapped.
     pub(crate) fn range(&self, at: u64, len: usize) -> Option<NonNull<u8>> {
         let at = usize::try_from(at).ok()?;
-        let fits = at.checked_add(len).is_some_and(|end| end <= self.len);
+        let fits = at.checked_add(len).is_some_and(|end| end <= self.len) && self.is_ours();
         // SAFETY: inside of the mapping, just checked.
         fits.then(|| unsafe { self.start.add(at) })
+    }
+
+    fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
     }
 
     /// Copies `len` bytes from there to an address.
@@ -110,14 +114,18 @@ impl SharedMap {
         Ok(())
     }
 
-    /// Copies bytes there.
-    pub(crate) fn copy_to(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
+    /// Copies `len` bytes from an address there.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of `len` bytes, and outside of shared memory.
+    pub(crate) unsafe fn copy_to(&self, at: u64, from: *const u8, len: usize) -> Result<(), Errno> {
         if !self.writable {
             return Err(Errno::EACCES);
         }
-        let to = self.range(at, data.len()).ok_or(Errno::EFAULT)?;
-        // SAFETY: both ranges are valid and apart from each other: nobody has a slice of shared memory.
-        unsafe { to.as_ptr().copy_from_nonoverlapping(data.as_ptr(), data.len()) };
+        let to = self.range(at, len).ok_or(Errno::EFAULT)?;
+        // SAFETY: both ranges are valid, and apart from each other.
+        unsafe { to.as_ptr().copy_from_nonoverlapping(from, len) };
         Ok(())
     }
 }
@@ -125,7 +133,7 @@ impl SharedMap {
 impl Drop for SharedMap {
     fn drop(&mut self) {
         // In a forked child the range is not mapped, or is something else by now.
-        if self.generation == fork::generation() {
+        if self.is_ours() {
             // SAFETY: our own mapping, unmapped once; whoever uses an address in it holds an Arc of it.
             unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
         }
@@ -149,14 +157,18 @@ mod tests {
             let map = |writable| SharedMap::new(file.as_fd(), 8192, writable).unwrap();
             (map(true), map(false))
         };
-        one.copy_to(4000, b"shared").unwrap();
+        // SAFETY: a live slice.
+        let put = |map: &SharedMap, at, data: &[u8]| unsafe {
+            map.copy_to(at, data.as_ptr(), data.len())
+        };
+        put(&one, 4000, b"shared").unwrap();
         let mut seen = [0; 6];
         // SAFETY: an array of ours.
         unsafe { two.copy_from(4000, seen.as_mut_ptr(), 6).unwrap() };
         assert_eq!(&seen, b"shared");
-        assert_eq!(two.copy_to(0, b"read-only"), Err(Errno::EACCES));
-        assert_eq!(one.copy_to(8190, b"over"), Err(Errno::EFAULT));
-        assert_eq!(one.copy_to(u64::MAX, b"over"), Err(Errno::EFAULT));
+        assert_eq!(put(&two, 0, b"read-only"), Err(Errno::EACCES));
+        assert_eq!(put(&one, 8190, b"over"), Err(Errno::EFAULT));
+        assert_eq!(put(&one, u64::MAX, b"over"), Err(Errno::EFAULT));
         assert!(two.range(8192, 0).is_some() && two.range(8192, 1).is_none());
     }
 }

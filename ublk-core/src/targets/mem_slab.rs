@@ -36,10 +36,33 @@ impl Slab {
         unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), CHUNK) }
     }
 
-    /// Makes a chunk read as zeroes and gives its memory back to the system.
+    /// Makes a chunk read as zeroes and gives its memory back to the system, unless the process has it locked.
     pub(super) fn clear(&mut self, index: usize) {
         assert!(index < SLAB);
         // SAFETY: in the mapping; nobody has a reference to it, because `self` is borrowed mutably.
-        unsafe { self.0.discard(index * CHUNK, CHUNK) };
+        if unsafe { self.0.discard(index * CHUNK, CHUNK) }.is_err() {
+            self.chunk_mut(index).fill(0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri locks no memory")]
+    fn what_is_cleared_reads_as_zeroes_also_where_memory_is_locked() {
+        let mut slab = Slab::new().unwrap();
+        for locked in [false, true] {
+            slab.chunk_mut(1).fill(0xaa);
+            if locked {
+                let chunk = slab.chunk(1);
+                // SAFETY: memory of ours; locking changes nothing in it.
+                assert_eq!(unsafe { libc::mlock(chunk.as_ptr().cast(), 4096) }, 0);
+            }
+            slab.clear(1);
+            assert!(slab.chunk(1).iter().all(|&byte| byte == 0), "locked: {locked}");
+        }
     }
 }

@@ -23,6 +23,7 @@ use super::slot::{Place, Slot};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::sys::clock::{Clock, Stamp};
+use crate::sys::fork;
 use crate::uring::sqe::Target;
 use crate::uring::worker_ring::{Size, WorkerRing};
 
@@ -349,6 +350,11 @@ impl Core {
             unsafe { self.push(entry.user_data(Token::Register { key, tag }.encode())) };
         }
         reach.is_registered().then_some(reach.index())
+    }
+
+    /// Whether the request of a slot came to this worker.
+    pub(crate) fn issued(&self, slot: &Slot) -> bool {
+        Arc::ptr_eq(slot.mailbox(), &self.mailbox)
     }
 
     /// How an entry names the file of the device that a slot's request is of.
@@ -724,7 +730,11 @@ impl Drop for Core {
 }
 
 /// The cell that a worker's core lives in.
-pub(crate) struct Shared(Mutex<Option<Core>>);
+pub(crate) struct Shared {
+    core: Mutex<Option<Core>>,
+    /// In a forked child there is no core: the memory of its ring is not mapped there.
+    generation: u32,
+}
 
 /// The core, locked, and there.
 pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Core>>);
@@ -750,23 +760,29 @@ impl std::ops::DerefMut for Locked<'_> {
 
 impl Shared {
     pub(crate) fn empty() -> Arc<Self> {
-        Arc::new(Shared(Mutex::new(None)))
+        Arc::new(Shared { core: Mutex::new(None), generation: fork::generation() })
     }
 
     /// The worker's thread puts its core in.
     pub(crate) fn fill(&self, core: Core) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(core);
+        *self.core.lock().unwrap_or_else(PoisonError::into_inner) = Some(core);
     }
 
     /// The core; `None` if it was taken away.
     pub(crate) fn lock(&self) -> Option<Locked<'_>> {
-        let guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.is_ours() {
+            return None;
+        }
+        let guard = self.core.lock().unwrap_or_else(PoisonError::into_inner);
         guard.is_some().then(|| Locked(guard))
     }
 
     /// Takes the core away from outside, unless the worker is using it.
     pub(crate) fn try_take(&self) -> Option<Core> {
-        match self.0.try_lock() {
+        if !self.is_ours() {
+            return None;
+        }
+        match self.core.try_lock() {
             Ok(mut guard) => guard.take(),
             Err(TryLockError::Poisoned(e)) => e.into_inner().take(),
             Err(TryLockError::WouldBlock) => None,
@@ -775,7 +791,14 @@ impl Shared {
 
     /// The worker's thread takes its core back, to end.
     pub(crate) fn take(&self) -> Option<Core> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        if !self.is_ours() {
+            return None;
+        }
+        self.core.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn is_ours(&self) -> bool {
+        self.generation == fork::generation()
     }
 }
 

@@ -77,12 +77,21 @@ impl Portal {
         })
     }
 
-    /// Copies data to a read, from its byte `at` on.
-    pub(crate) fn push(&self, place: Place, at: u64, data: &[u8]) -> Result<(), Errno> {
-        self.move_all(place, at, data.len(), |fd, done, position| {
-            let rest = &data[done..];
-            // SAFETY: a live slice.
-            unsafe { libc::pwrite64(fd, rest.as_ptr().cast(), rest.len(), position) }
+    /// Copies `len` bytes at an address to a read, from its byte `at` on.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of `len` bytes.
+    pub(crate) unsafe fn push(
+        &self,
+        place: Place,
+        at: u64,
+        from: *const u8,
+        len: usize,
+    ) -> Result<(), Errno> {
+        // SAFETY: the rest of the caller's range.
+        self.move_all(place, at, len, |fd, done, position| unsafe {
+            libc::pwrite64(fd, from.add(done).cast(), len - done, position)
         })
     }
 

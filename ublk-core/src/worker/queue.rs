@@ -407,21 +407,12 @@ impl Queue {
     /// A slot with fresh memory for the tag of `old`, whose buffer somebody keeps. The data of a read moves
     /// along: the address in a commit is where the kernel copies from.
     fn replacement(&self, old: &Slot, outcome: Outcome) -> Result<Arc<Slot>, Errno> {
-        let region = Arc::new(Region::new(self.start.buffer as usize, self.start.backing)?);
+        let (region, soiled) = match (old.take_moved(), outcome.result) {
+            (Some(region), Ok(bytes)) => (region, bytes),
+            _ => (Region::new(self.start.buffer as usize, self.start.backing)?, 0),
+        };
         let tag = old.place().tag;
-        let mut soiled = 0;
-        // Elsewhere it is with the client already.
-        if let (Op::Read, Ok(bytes), None) = (self.op_of(tag), outcome.result, &self.portal) {
-            let bytes = bytes.min(self.start.buffer) as usize;
-            // SAFETY: both buffers have at least `bytes` bytes; the new one is nobody else's yet. The old
-            // one's keeper has a raw address only (`KeptBuffer`), and this copies through raw addresses,
-            // too.
-            unsafe {
-                region.at(0).copy_from_nonoverlapping(old.buffer().start(), bytes);
-            }
-            soiled = bytes as u32;
-        }
-        let fresh = self.slot(tag, Buffer::new(region, 0, self.start.buffer));
+        let fresh = self.slot(tag, Buffer::new(Arc::new(region), 0, self.start.buffer));
         fresh.soil(soiled);
         Ok(fresh)
     }
@@ -596,7 +587,8 @@ impl Queue {
             // SAFETY: of each of these buffers the phase says that no request has it, and that no ring
             // operation uses it was just checked. The kernel fills it only within this thread's enters, and
             // reads it only while it takes a commit, which it has.
-            unsafe { first.region().discard(first.offset(), len) };
+            // That memory which the process has locked stays is what its owner wanted.
+            let _ = unsafe { first.region().discard(first.offset(), len) };
         }
         self.touched = !all;
         !all

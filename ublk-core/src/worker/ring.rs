@@ -252,8 +252,8 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the request is no read or the range does not fit, `ECANCELED` if it was revoked, and what the
-    /// file's read reports.
+    /// `EINVAL` if the request is no read or the range does not fit, `EXDEV` if it came to another worker than this
+    /// ring's, `ECANCELED` if it was revoked, and what the file's read reports.
     pub async fn read_to_request(
         &self,
         file: &RingFile,
@@ -261,6 +261,7 @@ impl Ring {
         request: &Request,
         range: Range<usize>,
     ) -> io::Result<usize> {
+        self.check_worker_of(request)?;
         let (start, len) = part(request, Op::Read, &range)?;
         if request.shared().is_none()
             && !request.is_buffered()
@@ -296,8 +297,8 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the request is no write or append or the range does not fit, `ECANCELED` if it was revoked, and what the
-    /// file's write reports.
+    /// `EINVAL` if the request is no write or append or the range does not fit, `EXDEV` if it came to another worker
+    /// than this ring's, `ECANCELED` if it was revoked, and what the file's write reports.
     pub async fn write_from_request(
         &self,
         file: &RingFile,
@@ -306,6 +307,7 @@ impl Ring {
         range: Range<usize>,
         durable: bool,
     ) -> io::Result<usize> {
+        self.check_worker_of(request)?;
         let op = if request.op() == Op::ZoneAppend { Op::ZoneAppend } else { Op::Write };
         let (start, len) = part(request, op, &range)?;
         let flags = if durable { libc::RWF_DSYNC } else { 0 };
@@ -329,6 +331,17 @@ impl Ring {
         }
         let entry = opcode::Write::new(fd(file), start, len).offset(offset).rw_flags(flags).build();
         self.with_request(Some(file), entry, request).await.map(|n| n as usize)
+    }
+
+    /// A request's pages, its queue and its end are its own worker's business: in another ring's tables these places
+    /// are some other request's.
+    fn check_worker_of(&self, request: &Request) -> io::Result<()> {
+        let errno = match self.shared.lock() {
+            Some(core) if core.issued(request.slot_for_ring()) => return Ok(()),
+            Some(_) => libc::EXDEV,
+            None => libc::ECANCELED,
+        };
+        Err(io::Error::from_raw_os_error(errno))
     }
 
     /// The place of a request's pages in the ring's table of buffers, if they can be used there.

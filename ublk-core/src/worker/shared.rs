@@ -35,9 +35,14 @@ impl Part {
         unsafe { self.map.copy_from(self.at, to, len) }
     }
 
-    /// Copies bytes to the data, from its byte `at` on.
-    pub(crate) fn push(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
-        self.map.copy_to(self.at + at, data)
+    /// Copies `len` bytes at an address to the data, from its byte `at` on.
+    ///
+    /// # Safety
+    ///
+    /// As [`SharedMap::copy_to`].
+    pub(crate) unsafe fn push(&self, at: u64, from: *const u8, len: usize) -> Result<(), Errno> {
+        // SAFETY: the caller's promise.
+        unsafe { self.map.copy_to(self.at + at, from, len) }
     }
 }
 

@@ -18,8 +18,8 @@
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::handoff::{Link, Linked};
@@ -124,6 +124,8 @@ pub(crate) struct Slot {
     dirty: AtomicU32,
     /// Where the zone append that has the slot went, in sectors; 0 for all other requests.
     append_sector: AtomicU64,
+    /// The data of a read whose buffer somebody keeps: what the commit is to name.
+    moved: Mutex<Option<Region>>,
 }
 
 impl Linked for Slot {
@@ -150,6 +152,7 @@ impl Slot {
             operations: AtomicU32::new(0),
             dirty: AtomicU32::new(0),
             append_sector: AtomicU64::new(0),
+            moved: Mutex::new(None),
         })
     }
 
@@ -184,6 +187,31 @@ impl Slot {
     /// What the worker commits for an append.
     pub(crate) fn append_sector(&self) -> u64 {
         self.append_sector.load(Ordering::Relaxed)
+    }
+
+    /// Copies the first `len` bytes of the buffer to memory of their own: the buffer's keeper may write to it as soon as
+    /// the request has ended. By the request, before it ends.
+    ///
+    /// # Errors
+    ///
+    /// What the system says where it has no memory.
+    pub(crate) fn move_out(&self, len: u32) -> Result<(), Errno> {
+        let region = Region::new(self.buffer.len() as usize, self.buffer.region().backing())?;
+        let len = len.min(self.buffer.len()) as usize;
+        // SAFETY: both have at least `len` bytes. Until it ends, the buffer is the request's; somebody who writes to it
+        // through a view that is exported already has a raw address, too, and gets a mixture.
+        unsafe { region.at(0).copy_from_nonoverlapping(self.buffer.start(), len) };
+        *self.moved() = Some(region);
+        Ok(())
+    }
+
+    /// What was moved out.
+    pub(crate) fn take_moved(&self) -> Option<Region> {
+        self.moved().take()
+    }
+
+    fn moved(&self) -> MutexGuard<'_, Option<Region>> {
+        self.moved.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The request ends. False if it was revoked before.
@@ -252,8 +280,24 @@ impl Slot {
 
     /// Copies data to the read that has the slot, from its byte `at` on.
     pub(crate) fn push(&self, at: u64, data: &[u8]) -> Result<(), Errno> {
+        // SAFETY: a live slice.
+        unsafe { self.push_from(at, data.as_ptr(), data.len()) }
+    }
+
+    /// The same from an address.
+    ///
+    /// # Safety
+    ///
+    /// `from` is valid for reads of `len` bytes.
+    pub(crate) unsafe fn push_from(
+        &self,
+        at: u64,
+        from: *const u8,
+        len: usize,
+    ) -> Result<(), Errno> {
         let portal = self.portal()?;
-        self.moving(|| portal.push(self.place, at, data))
+        // SAFETY: the caller's promise.
+        self.moving(|| unsafe { portal.push(self.place, at, from, len) })
     }
 
     fn portal(&self) -> Result<&Portal, Errno> {
