@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
+use disk::node::{AsItWas, CONTROL};
 use disk::{SOON, eventually};
 use ublk_core::control::{
     AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
@@ -494,7 +495,8 @@ fn an_unprivileged_user_has_a_device_of_its_own() {
     if std::env::var_os(AS_USER).is_some() {
         return unprivileged_user();
     }
-    std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
+    let roots_again = AsItWas::of(CONTROL);
+    std::os::unix::fs::chown(CONTROL, Some(NOBODY), None).unwrap();
     // Root's own device is neither listed nor touched.
     let control = Control::open().unwrap();
     let roots = add(&control);
@@ -519,7 +521,7 @@ fn an_unprivileged_user_has_a_device_of_its_own() {
     }
     assert!(user.wait().unwrap().success(), "{said}");
     assert!(said.contains("1 passed"), "{said}");
-    std::os::unix::fs::chown("/dev/ublk-control", Some(0), None).unwrap();
+    drop(roots_again);
     assert_eq!(ids(&control), [roots].into());
     delete(&control, roots);
 }

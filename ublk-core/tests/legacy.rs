@@ -5,7 +5,7 @@ mod disk;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use disk::{Client, Ram, SOON, Server, bounded, devices, no_devices};
+use disk::{Client, Ram, SOON, Server, bounded, devices, no_devices, patience};
 use ublk_core::control::{Control, ControlOptions, DeviceState, Encoding, Features, Wait};
 use ublk_core::targets::File;
 use ublk_core::{Builder, Ending, ErrorKind};

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use disk::kernel::lacks;
+use disk::node::{AsItWas, CONTROL};
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
@@ -51,14 +52,19 @@ fn about() -> String {
 }
 
 /// udevd with the rules that we ship, and a group for those who may make devices.
-struct Udev(Child);
+struct Udev {
+    udevd: Child,
+    groups: String,
+    _control: AsItWas,
+}
 
 impl Udev {
     fn start(test: &str) -> Self {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let group = fs::read_to_string("/etc/group").unwrap();
-        if !group.contains("\nublk:") {
-            fs::write("/etc/group", format!("{group}\nublk:x:{OWNER}:\n")).unwrap();
+        let control = AsItWas::of(CONTROL);
+        let groups = fs::read_to_string("/etc/group").unwrap();
+        if !groups.contains("\nublk:") {
+            fs::write("/etc/group", format!("{groups}\nublk:x:{OWNER}:\n")).unwrap();
         }
         fs::create_dir_all("/etc/udev/rules.d").unwrap();
         fs::copy(tree.join("udev/80-ublk.rules"), "/etc/udev/rules.d/80-ublk.rules").unwrap();
@@ -70,7 +76,7 @@ impl Udev {
         fs::write(HELPER, script).unwrap();
         fs::set_permissions(HELPER, fs::Permissions::from_mode(0o755)).unwrap();
         let udevd = Command::new("/lib/systemd/systemd-udevd").env(CHROOT, "1").spawn().unwrap();
-        let this = Udev(udevd);
+        let this = Udev { udevd, groups, _control: control };
         eventually("udevd answers", || udevadm(&["control", "--ping", "--timeout=5"]));
         // It was there before udevd.
         assert!(udevadm(&["trigger", "--settle", "--action=add", "--sysname-match=ublk-control"]));
@@ -84,8 +90,9 @@ fn udevadm(args: &[&str]) -> bool {
 
 impl Drop for Udev {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.udevd.kill();
+        let _ = self.udevd.wait();
+        let _ = fs::write("/etc/group", &self.groups);
         let _ = fs::remove_file("/etc/udev/rules.d/80-ublk.rules");
         let _ = fs::remove_file(HELPER);
     }
@@ -232,7 +239,7 @@ fn an_ordinary_user_makes_serves_uses_and_deletes_a_device() {
     let mut owner = User::start(TEST, "owner", "", OWNER);
     let id = owner.hears("serving ");
     // What keeps the stranger out is not the control node.
-    fs::set_permissions("/dev/ublk-control", fs::Permissions::from_mode(0o666)).unwrap();
+    fs::set_permissions(CONTROL, fs::Permissions::from_mode(0o666)).unwrap();
     User::start(TEST, "stranger", &id, STRANGER).succeeds();
     owner.go_on();
     owner.succeeds();

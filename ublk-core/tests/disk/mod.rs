@@ -4,6 +4,7 @@
 
 pub(crate) mod cycle;
 pub(crate) mod kernel;
+pub(crate) mod node;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{self, File, OpenOptions};
