@@ -177,7 +177,7 @@ def test_threads_workers_and_affinity() -> None:
         return sorted(found)
 
     # Of devices before, which had the same number: a stop does not wait for the last instructions of a worker's thread.
-    former: set[int] = set()
+    former = set(tasks())
     with ublk.Device(Ram(), threads=5, queues=1) as device:
         assert sum(re.fullmatch(r"ublk-py-\d", name) is not None for name in tasks().values()) == 5
         assert len(named(f"ublk{device.id}-q")) == 1
