@@ -36,7 +36,7 @@ setup: ## Install what is missing (Debian packages, .venv with our package) and 
 build: setup ## Build everything, optimised; the Python package ends in .venv
 	cargo build --release --workspace --exclude ublk-py
 
-install: ## Install the C library (PREFIX=/usr/local DESTDIR=)
+install: ## Install the C library that `make -C ublk-capi` has built (PREFIX=/usr/local DESTDIR=)
 	@$(MAKE) --no-print-directory -C ublk-capi install
 
 demo: setup ## Bring up disks from Python, put filesystems on them, restart, verify

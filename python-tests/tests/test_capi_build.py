@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -56,6 +57,12 @@ def test_symbols_are_those_of_the_list() -> None:
     assert sorted(declared) == listed
 
 
+def test_the_cxx_header_has_all_of_it() -> None:
+    header = (layout.TREE / "include/ublk_rs.hpp").read_text()
+    listed = (capi.CAPI / "symbols.txt").read_text().split()
+    assert [name for name in listed if not re.search(rf"\b{name}\(", header)] == []
+
+
 def test_a_symbol_too_many_is_noticed(tmp_path: Path) -> None:
     listed = capi.CAPI / "symbols.txt"
     planted = tmp_path / "symbols.txt"
@@ -93,12 +100,33 @@ def test_each_function_has_a_man_page() -> None:
     assert not shown.stderr
 
 
-def test_it_can_be_staged(tmp_path: Path) -> None:
-    capi.make("install", "PREFIX=/opt/ublk", f"DESTDIR={tmp_path}")
+def test_it_can_be_staged_and_takes_no_rust(tmp_path: Path) -> None:
+    """As root has it under sudo: by another PATH, in another home."""
+    capi.prefix()
+    (tmp_path / "home").mkdir()
+    bare = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(tmp_path / "home")}
+    capi.make("install", "PREFIX=/opt/ublk", f"DESTDIR={tmp_path}", "CARGO=no-cargo", "PYTHON=no-python", env=bare)
     assert (tmp_path / "opt/ublk/lib/libublk_rs.so.0").exists()
     text = (tmp_path / "opt/ublk/lib/pkgconfig/ublk-rs.pc").read_text()
     assert "prefix=/opt/ublk\n" in text
     assert str(tmp_path) not in text
+
+
+def test_what_was_not_built_is_not_installed(tmp_path: Path) -> None:
+    to = ("PREFIX=/usr/local", f"DESTDIR={tmp_path / 'root'}")
+    with pytest.raises(capi.CannotBuild, match=r"nothing is built in .*: first, as yourself, make -C "):
+        capi.make("install", *to, f"OUT={tmp_path}")
+    capi.prefix()
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in (capi.target_dir() / "capi/release").iterdir():
+        (out / file.name).symlink_to(file)
+    (out / "built").unlink()
+    (out / "built").touch()
+    os.utime(out / "built", (0, 0))
+    with pytest.raises(capi.CannotBuild, match=r"\.(rs|h|hpp|txt) is newer than what is built"):
+        capi.make("install", *to, f"OUT={out}")
+    assert not (tmp_path / "root").exists()
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 
-from ublk_rig import capi, served, testdisk, valgrind
+from ublk_rig import capi, layout, served, testdisk, valgrind
 from ublk_vm.guest import CommandFailed
 
 if TYPE_CHECKING:
@@ -44,6 +45,35 @@ def served_well(guest: Guest, disk: str, folder: str) -> None:
     assert before == after
     guest.run(["e2fsck", "-fn", disk], timeout=120)
     guest.run(["fio", "--name=verify", f"--filename={disk}", "--size=512k", *FIO], timeout=120)
+
+
+# Where root has its programs from under Debian's sudo.
+SECURE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/c.md"])
+def test_the_pages_installation_ends_in_a_disk(guest: Guest, page: str) -> None:
+    """The lines of the page, the first of them outside, where Rust is, and the others by a root who has none."""
+    text = (layout.TREE / page).read_text()
+    shown = next(b for b in re.findall(r"```console\n(.*?)```", text, re.DOTALL) if "ublk-capi install" in b)
+    build, *steps = [line.removeprefix("$ ").partition("  #")[0].strip() for line in shown.splitlines()]
+    assert build == "make -C ublk-capi"
+    capi.prefix()
+    guest.run("modprobe ublk_drv")
+    assert any(step.startswith("sudo ") for step in steps)
+    root = {"PATH": SECURE_PATH, "HOME": "/nowhere", "CARGO_TARGET_DIR": str(capi.target_dir())}
+    env = " ".join(["env", "-i", *(f"{name}={value}" for name, value in root.items())])
+    guest.run("touch /tmp/before")
+    try:
+        for step in steps:
+            guest.run(f"cd {layout.TREE} && exec {env} sh -c '{step.removeprefix('sudo ')}'", timeout=120)
+        with running(guest, [layout.TREE / "ramdisk", str(SIZE)], {}) as (server, disk):
+            guest.run(["dd", "if=/dev/zero", f"of={disk}", "bs=64k", "count=4", "oflag=direct"])
+            testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
+            assert server.wait(30) == 0
+    finally:
+        # The machine has other tests to serve, which bring a library of their own.
+        guest.run(f"rm -f {layout.TREE}/ramdisk; find /usr/local -newer /tmp/before ! -type d -delete; ldconfig")
 
 
 @contextmanager
@@ -131,11 +161,11 @@ def test_a_stuck_callback_outlives_its_device(guest: Guest, pytestconfig: pytest
 
 
 # What 6.12 has of a disk's life; 7.3 has all.
-EARLY = {"killed", "zoned"}
+EARLY = {"killed", "zoned", "targets"}
 
 
 def test_a_disk_in_its_life(guest: Guest) -> None:
-    """Another size, another server, shared memory, zones."""
+    """Another size, another server, shared memory, zones, ready-made disks."""
     program = capi.program(capi.TESTS / "life.c", capi.Flavour(flags=capi.SANITIZED))
     guest.run("modprobe ublk_drv")
     for case in guest.run([program, "list"]).out.split():

@@ -81,7 +81,8 @@ def test_many_disks_at_once(
         before = settled(disks)
         crowd = start(count // 2)
         idle = (settled(disks)["rss_kib"] - before["rss_kib"]) / (count // 2)
-        record_property("KiB for an idle disk" + (" on shared workers" if workers else ""), round(idle))
+        of = "mem, depth 16, on shared workers" if workers else "mem, depth 16"
+        record_property(f"KiB for an idle disk ({of})", round(idle))
         assert idle < (64 if workers else 256)
         disks.start("target=mem", "size=8388608", *workers.split())
         busy = disks.ready[-1]

@@ -79,10 +79,11 @@ def test_the_programs_of_the_tutorial_are_disks(guest: Guest, name: str, argumen
     guest.run(["rm", "-r", work])
 
 
-def test_errors_name_what_python_has() -> None:
-    """The library's errors speak of its builder's methods: the binding has a word of Python's for each."""
+@pytest.mark.parametrize("binding", ["ublk-py", "ublk-capi"])
+def test_errors_name_what_the_language_has(binding: str) -> None:
+    """The library's errors speak of its builder's methods: each binding has a word of its language's for each."""
     string = r'"((?:[^"\\]|\\.)*)"'
-    table = (layout.TREE / "ublk-py/src/words.rs").read_text()
+    table = (layout.TREE / binding / "src/words.rs").read_text()
     words = [
         tuple(text.replace('\\"', '"') for text in pair)
         for pair in re.findall(rf"\(\s*{string},\s*{string},?\s*\)", table, re.DOTALL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,43 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = page.parent / path if path else page
         assert file.exists(), target
         assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, layout.TREE / "ublk-py/README.md"], ids=lambda p: str(p.relative_to(layout.TREE))
+)
+def test_pip_is_given_what_is_there(page: Path) -> None:
+    """Nothing is published: a name would be somebody else's package. And Debian's own Python refuses pip."""
+    extras = tomllib.loads((layout.TREE / "ublk-py/pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for what in re.findall(r"pip install +(\S+)", page.read_text()):
+        path, _, extra = what.strip("'`").rstrip("]").partition("[")
+        assert path.startswith("./"), what
+        assert (layout.TREE / path / "pyproject.toml").exists(), what
+        assert not extra or extra in extras, what
+    for block in blocks(page, "console"):
+        before, pip, _ = block.partition("$ pip install")
+        assert not pip or "python3 -m venv venv && . venv/bin/activate" in before, block
+
+
+def test_errors_are_in_every_language_what_the_page_says() -> None:
+    told = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (layout.TREE / "docs/errors.md").read_text(), re.MULTILINE
+    )
+    core = (layout.TREE / "ublk-core/src/error.rs").read_text()
+    kinds = re.findall(r"^    (\w+),$", core.partition("pub enum ErrorKind {")[2].partition("\n}")[0], re.MULTILINE)
+    pages = {kind: (python, c) for kind, python, c in told if not kind.isupper()}
+    python_side = (layout.TREE / "ublk-py/src/errors.rs").read_text()
+    c_side = (layout.TREE / "ublk-capi/src/error.rs").read_text()
+    classes = {"InvalidParameter": "ValueError", "Gone": "GoneError"}
+    classes |= dict.fromkeys(("WrongState", "WouldDeadlock", "Forked"), "StateError")
+    for names, cls in re.findall(r"((?:ErrorKind::\w+(?: \| )?)+) => \{?\s*\(Py(\w+)::", python_side):
+        classes |= dict.fromkeys(re.findall(r"::(\w+)", names), cls)
+    numbers = dict(re.findall(r"UBLK_RS_KIND_(\w+) => (?:said\()?libc::(E\w+)", c_side))
+    assert sorted(pages) == sorted(kinds)
+    for kind, (python, c) in pages.items():
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", kind).upper()
+        assert classes.get(kind, "OSError") in python, (kind, python)
+        assert f"-{numbers.get(name, 'EIO')}" in c, (kind, c)
 
 
 def test_the_ramdisk_is_a_disk(guest: Guest) -> None:

@@ -48,6 +48,14 @@ def test_a_requested_kernel_without_tests_is_no_pass_unless_deselected() -> None
     assert done.complaints() == []
 
 
+def test_a_kernel_for_which_another_stands_in_is_no_pass() -> None:
+    done = tally(("a", "6.12", "passed"), ("a", "7.3", "passed"))
+    done.releases |= {"6.12": "6.12.117+deb13-amd64", "7.3": "7.4.1+deb13-amd64"}
+    assert done.complaints() == [
+        "kernel 7.3: not to be had, these tests ran on 7.4.1+deb13-amd64 in its place",
+    ]
+
+
 def test_deselecting_does_not_excuse_skipping() -> None:
     done = tally(("a", "6.12", "passed"), ("a", "7.3", "skipped"))
     done.excused.add("7.3")

@@ -59,6 +59,13 @@ def test_what_a_kernel_lacks_is_no_capability_of_it() -> None:
     assert table.figures == {}
 
 
+def test_a_column_is_named_after_what_ran() -> None:
+    run = summary(outcome("test_readme.py::test_a", "7.3"), outcome("test_readme.py::test_a", "6.12"))
+    run["releases"] = {"6.12": "6.12.117+deb13-amd64", "7.3": "7.4.1-rc1+deb13-amd64"}
+    table = support.render(support.collect(run))
+    assert table.splitlines()[0] == "|  | Linux 6.12 (6.12.117) | Linux 7.4 (7.4.1) |"
+
+
 def test_a_test_counts_once_and_what_nobody_claims_is_named() -> None:
     table = support.collect(
         summary(

@@ -69,11 +69,12 @@ def _built() -> str:
     """What there is to install, in short."""
     out = target_dir() / "capi/release"
     files = [
+        *(CAPI / name for name in ("Makefile", "ublk-rs.pc.in")),
         *sorted((layout.TREE / "include").iterdir()),
         *sorted(out.glob("libublk_rs.*")),
         *sorted(out.glob("man/*")),
     ]
-    digest = hashlib.sha256((out / "ublk-rs.pc").read_bytes())
+    digest = hashlib.sha256((out / "native-static-libs").read_bytes())
     for file in files:
         digest.update(file.name.encode())
         digest.update(file.read_bytes())
@@ -118,7 +119,7 @@ def prefix() -> Path:
     where = target_dir() / "capi/prefix"
     where.mkdir(parents=True, exist_ok=True)
     with _building():
-        make("all", f"PREFIX={where}")
+        make("all")
         stamp, built = where / "installed", _built()
         if not stamp.exists() or stamp.read_text() != built:
             stamp.unlink(missing_ok=True)

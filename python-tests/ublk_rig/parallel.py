@@ -74,6 +74,7 @@ class Counting:
         for nodeid, kernel in told.get("selected", ()):
             self._tally.add(nodeid, kernel)
         self._tally.excused.update(told.get("excused", ()))
+        self._tally.releases.update(told.get("releases", {}))
         self._boots.extend(told.get("boots", ()))
 
 
@@ -87,6 +88,7 @@ def hand_in(config: pytest.Config, tally: Tally, boots: list[float]) -> None:
     config.workeroutput[_KEY] = {  # type: ignore[attr-defined]
         "selected": [(test.nodeid, test.kernel) for test in tally.tests.values()],
         "excused": sorted(tally.excused),
+        "releases": tally.releases,
         "boots": boots,
     }
 

@@ -21,7 +21,7 @@ from ublk_rig import host, layout, parallel, wheel
 from ublk_rig.pool import Lease, Pool
 from ublk_rig.report import Tally
 from ublk_rig.watchdog import bounded
-from ublk_vm import kernels, vm
+from ublk_vm import accel, kernels, vm
 from ublk_vm.channel import MachineDied
 from ublk_vm.guest import Guest, Shared
 from ublk_vm.timescale import Timescale
@@ -62,7 +62,7 @@ class Rig:
             self.labels = [k.strip() for k in (asked or ",".join(kernels.SERIES)).split(",") if k.strip()]
         self.artifacts = layout.ARTIFACTS
         self.pool = Pool(self.artifacts, self.own, on_host=self.on_host)
-        self.tally = Tally(self.labels)
+        self.tally = Tally(self.labels, releases=self.pool.releases)
         self.pending = ""
         # Until a machine is up, its emulation is not known: bound generously.
         self.scale = Timescale.of(emulated=not self.on_host)
@@ -108,6 +108,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say where kernel tests will run, and whether the package that they will find is the tree's."""
     rig = config.stash[_RIG]
     said = [f"ublk rig: {'this host' if rig.on_host else 'QEMU'}, kernels {', '.join(rig.labels)}"]
+    if not rig.on_host and (why := accel.closed()):
+        said.append(f"kvm: {why}")
     return [*said, f"WARNING: {reason}"] if (reason := wheel.stale()) else said
 
 
@@ -321,6 +323,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     facts = {
         "rig": "host" if rig.on_host else "qemu",
         "kernels": rig.labels,
+        "releases": rig.tally.releases,
         "boots": rig.pool.boots,
         "whole": is_whole(session, rig.labels),
     }

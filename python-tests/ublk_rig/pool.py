@@ -40,6 +40,8 @@ class Pool:
         self._kept: tuple[tuple[str, Shape], Lease] | None = None
         self._current: Lease | None = None
         self.boots: list[float] = []
+        # What the kernels behind the labels say of themselves.
+        self.releases: dict[str, str] = {}
 
     @functools.cache  # noqa: B019 - one pool per run
     def _kernel(self, label: str) -> kernels.Kernel | kernels.KernelError:
@@ -62,6 +64,7 @@ class Pool:
         else:
             machine = vm.boot(self.kernel(label), shape, self._shared)
             self.boots.append(machine.boot_secs)
+        self.releases[label] = machine.release
         return Lease(machine, Inspector(machine), shared=shared)
 
     def take(self, label: str, shape: Shape, *, fresh: bool) -> Lease:

@@ -39,6 +39,11 @@ def wanted_packages() -> dict[str, str]:
 
 
 def _missing(packages: dict[str, str]) -> dict[str, str]:
+    if not shutil.which("dpkg-query"):
+        raise CannotProvision(
+            "this is no Debian: there is no dpkg-query, nor apt-get. What is needed, by Debian's names: "
+            + " ".join(packages)
+        )
     done = subprocess.run(
         ["dpkg-query", "--show", "--showformat=${Package} ${db:Status-Status}\n", *packages],
         capture_output=True,
@@ -101,12 +106,18 @@ def environment() -> None:
     stamp.write_text(digest)
 
 
-def too_old(said: str, manifest: str) -> str | None:
-    """What is wrong with a cargo that says this of itself, by the `rust-version` of the workspace's manifest."""
+def too_old(said: str, manifest: str, *, by_rustup: bool) -> str | None:
+    """What is wrong with a cargo that says this of itself, by the `rust-version` of the workspace's manifest.
+
+    `by_rustup`: it is one that rustup has installed, and not the distribution's, which stays as it is.
+    """
     have = re.match(r"cargo (\d+)\.(\d+)", said)
     want = re.search(r'^rust-version = "(\d+)\.(\d+)', manifest, re.MULTILINE)
     if have and want and tuple(map(int, have.groups())) < tuple(map(int, want.groups())):
-        return f"Rust {'.'.join(have.groups())} is too old, {'.'.join(want.groups())} is needed: rustup update stable"
+        remedy = (
+            "rustup update stable" if by_rustup else "install Rust by rustup, and have it in PATH before this one"
+        )
+        return f"Rust {'.'.join(have.groups())} is too old, {'.'.join(want.groups())} is needed: {remedy}"
     return None
 
 
@@ -117,7 +128,8 @@ def rust() -> None:
     done = subprocess.run(["cargo", "--version"], cwd=layout.TREE, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CannotProvision(f"cargo does not run: {done.stderr.strip()}")
-    if wrong := too_old(done.stdout, (layout.TREE / "Cargo.toml").read_text()):
+    manifest = (layout.TREE / "Cargo.toml").read_text()
+    if wrong := too_old(done.stdout, manifest, by_rustup=bool(shutil.which("rustup"))):
         raise CannotProvision(wrong)
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ublk_vm.kernels import series_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -34,11 +36,15 @@ class Outcome:
 
 @dataclass
 class Tally:
-    """All tests of a run. `excused` are requested kernels that the user's own selection left without a test."""
+    """All tests of a run. `excused` are requested kernels that the user's own selection left without a test.
+
+    `releases` is what the kernels that were asked for by their series turned out to be.
+    """
 
     requested: Sequence[str]
     tests: dict[str, Outcome] = field(default_factory=dict)
     excused: set[str] = field(default_factory=set)
+    releases: dict[str, str] = field(default_factory=dict)
 
     def add(self, nodeid: str, kernel: str | None) -> Outcome:
         """A selected test."""
@@ -49,10 +55,17 @@ class Tally:
         return Counter(t.outcome for t in self.tests.values() if t.kernel == kernel)
 
     def complaints(self) -> list[str]:
-        """Why this run is no pass although no test failed: kernels that were asked for and saw no test."""
+        """Why this run is no pass although no test failed: kernels that were asked for and saw no test.
+
+        Neither did one for which another stood in.
+        """
         if not any(t.kernel for t in self.tests.values()):
             return []
-        found = []
+        found = [
+            f"kernel {kernel}: not to be had, these tests ran on {release} in its place"
+            for kernel, release in self.releases.items()
+            if series_of(release) != kernel
+        ]
         for kernel in self.requested:
             counts = self.counts(kernel)
             ran = sum(counts.values()) - counts["skipped"] - counts["not run"]

@@ -52,8 +52,8 @@ CAPABILITIES = (
     Capability("Disks that misbehave by rules (fault)", r"fault::|test_disk_fault"),
     Capability("Every data path, command strategy and target through a life", r"test_disk_matrix"),
     Capability("Data paths and batches, with every kind of backend; several workers a queue", r"data_paths::"),
-    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::"),
-    Capability("Devices of ordinary users, with udev", r"\bunprivileged::"),
+    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::|test_examples.*shares_memory"),
+    Capability("Devices of ordinary users, with udev", r"\bunprivileged::|test_examples.*alice"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
     ),
@@ -65,21 +65,23 @@ CAPABILITIES = (
         "Stop with a deadline, by force, by others, under load",
         r"(life::|test_disk_life).*(stop|drop|delete|revoked|held)",
     ),
-    Capability("Bring-up, nothing left behind", r"life::|cancelled::|test_disk_life"),
+    Capability("Bring-up, nothing left behind", r"life::|cancelled::|described::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
-    Capability("Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::"),
+    Capability(
+        "Live handover: no failed I/O under fio and ext4", r"handover::|letting_go::|test_examples.*successor"
+    ),
     Capability("A device that is stopped and started again", r"restart::"),
     Capability("Commands by bare numbers (legacy opcodes)", r"legacy::"),
     Capability("Resizing; no scan for partitions", r"resize::"),
-    Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned"),
+    Capability("Zoned disks: zones, limits, appends", r"zoned::|test_disk_zoned|test_examples.*zones"),
     Capability("Integrity metadata, made and verified by the kernel", r"integrity::"),
     Capability("Forked children hold nothing", r"fork::"),
     Capability("Requests: completed anywhere, exactly once", r"requests::|attendant::"),
     Capability("Async backends on the worker's ring", r"async_ring::"),
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
-    Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
+    Capability("Control commands, features, parameters, from any thread", r"control::|rules::|\blate::"),
     Capability("Batches taken in part, pages that cannot be registered: what comes of it", r"driver_failures::"),
     Capability("The driver's protocol, point by point", r"claims::"),
 )
@@ -124,6 +126,15 @@ class Table:
     unclaimed: list[str]
     # What tests have measured, by its name and kernel: the most.
     figures: dict[str, dict[str, float]]
+    # What the kernels say of themselves.
+    releases: dict[str, str] = field(default_factory=dict)
+
+    def heading(self, kernel: str) -> str:
+        """The column of a kernel: what ran, whatever it was asked for as."""
+        release = self.releases.get(kernel)
+        if release is None:
+            return f"Linux {kernel}"
+        return f"Linux {kernels.series_of(release)} ({re.split('[-+]', release)[0]})"
 
 
 def row_of(nodeid: str) -> str | None:
@@ -152,14 +163,14 @@ def collect(summary: dict[str, Any]) -> Table:
             cells[row].setdefault(kernel, Cell()).add(test)
     seen = {kernel for row in cells.values() for kernel in row}
     columns = [k for k in kernels.SERIES if k in seen] + sorted(seen - set(kernels.SERIES))
-    return Table(columns, cells, unclaimed, figures)
+    return Table(columns, cells, unclaimed, figures, summary.get("releases", {}))
 
 
 def render(table: Table) -> str:
     """The table, as Markdown."""
     if not table.kernels:
         raise NoTable("no test of a capability ran on any kernel")
-    rows = [["", *(f"Linux {k}" for k in table.kernels)]]
+    rows = [["", *map(table.heading, table.kernels)]]
     rows += [[name, *(str(by.get(k, Cell())) for k in table.kernels)] for name, by in table.cells.items()]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|" + "---|" * len(rows[0]))

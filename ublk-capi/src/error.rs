@@ -6,6 +6,7 @@ use std::ptr;
 use ublk_core::{Error, ErrorKind};
 
 use crate::boundary::answer;
+use crate::words::of_c;
 
 /// What went wrong, in numbers and words: made by the program once, and handed to as many calls as it likes.
 ///
@@ -148,8 +149,8 @@ pub(crate) fn fill(object: *mut ublk_rs_error, error: Error) {
         kind: kind(&error),
         errno: error.errno().map_or(0, |errno| errno.raw()),
         device: error.device().map_or(-1, i64::from),
-        message: c_string(&error.to_string()),
-        remedy: c_string(error.remedy().unwrap_or_default()),
+        message: c_string(&of_c(&error.to_string())),
+        remedy: c_string(&of_c(error.remedy().unwrap_or_default())),
     };
     // SAFETY: not NULL, so an object of `ublk_rs_error_new` that is in no other call, by that type's contract.
     unsafe { *object.cast::<Object>() = described };

@@ -28,6 +28,7 @@ mod stats;
 mod table;
 mod targets;
 mod version;
+mod words;
 mod workers;
 
 pub use backend::*;

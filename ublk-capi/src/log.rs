@@ -11,6 +11,7 @@ use tracing::{Event, Level, Metadata, Subscriber};
 
 use crate::boundary::{Inside, answer};
 use crate::error::c_string;
+use crate::words::of_c;
 
 /// Nothing.
 pub const UBLK_RS_LOG_OFF: u32 = 0;
@@ -96,7 +97,7 @@ impl Subscriber for Teller {
         let Some(listener) = listener else { return };
         let mut line = Line::default();
         event.record(&mut line);
-        let text = c_string(&format!("{}{}", line.message, line.fields));
+        let text = c_string(&of_c(&format!("{}{}", line.message, line.fields)));
         let _inside = Inside::of_callback();
         // SAFETY: the function's contract; the text is a string for the call.
         unsafe {

@@ -83,7 +83,7 @@ options! {
     ZoneMaxOpen = c"zone_max_open", NUMBER, c"0", c"of a zoned disk: most open zones; 0 for no limit";
     ZoneMaxActive = c"zone_max_active", NUMBER, c"0", c"of a zoned disk: most active zones; 0 for no limit";
     ZoneAppendBytes = c"zone_max_append_bytes", NUMBER, c"512K", c"of a zoned disk: bytes of the largest append";
-    MetadataSize = c"integrity_metadata_size", NUMBER, c"", c"bytes of integrity metadata for each interval, 1 to 255; of a backend with submit (since Linux 7.0)";
+    MetadataSize = c"integrity_metadata_size", NUMBER, c"", c"bytes of integrity metadata for each interval, 1 to 255; of a backend with submit, and of the target mem (since Linux 7.0)";
     MetadataInterval = c"integrity_interval", NUMBER, c"512", c"bytes of data that one piece of metadata is for";
     MetadataChecksum = c"integrity_checksum", TEXT, c"none", c"checksum that the kernel makes and verifies: none, ip, t10dif or nvme";
     MetadataOffset = c"integrity_pi_offset", NUMBER, c"0", c"where in each piece of metadata the protection information starts";
@@ -91,11 +91,13 @@ options! {
     MetadataReference = c"integrity_reference_tags", BOOL, c"no", c"the protection information counts blocks, which needs a checksum";
     MetadataCapable = c"integrity_capable", BOOL, c"no", c"the server makes and verifies protection information itself, for those who ask sysfs";
     File = c"path", TEXT, c"", c"of the target file: the file or block device";
-    Create = c"create", BOOL, c"no", c"of the target file: make a sparse file of size bytes if there is none";
-    Direct = c"direct", BOOL, c"no", c"of the target file: go past the page cache";
-    SyncWrites = c"sync_writes", BOOL, c"no", c"of the target file: every write is durable before it is answered";
+    Create = c"create", BOOL, c"no", c"of the targets file and stripe: make sparse files for size bytes where there are none";
+    Direct = c"direct", BOOL, c"no", c"of the targets file and stripe: go past the page cache";
+    SyncWrites = c"sync_writes", BOOL, c"no", c"of the targets file and stripe: every write is durable before it is answered";
     ConventionalZones = c"zone_conventional", NUMBER, c"0", c"of the target zoned-mem: how many zones take writes anywhere";
     ZoneCapacity = c"zone_capacity", NUMBER, c"", c"of the target zoned-mem: bytes that each sequential zone holds; by default all";
+    Paths = c"paths", TEXT, c"", c"of the target stripe: the files or block devices in their order, with newlines between";
+    Chunk = c"chunk_bytes", NUMBER, c"512K", c"of the target stripe: bytes that go to one before it is the next one's turn, a multiple of the logical block size; the same each time";
 }
 
 const ATTEMPT: &str = "set an option";
@@ -291,7 +293,8 @@ impl Config {
         }))
     }
 
-    fn integrity(&self) -> Result<Option<Integrity>> {
+    /// The metadata, of a disk that has any.
+    pub(crate) fn integrity(&self) -> Result<Option<Integrity>> {
         let Some(metadata_size) = self.fit(Id::MetadataSize)? else { return Ok(None) };
         let checksum = match self.text(Id::MetadataChecksum).unwrap_or("none") {
             "none" => Checksum::None,

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_char};
 
-use ublk_core::targets::{File, Mem, Null, SyncPolicy, ZonedMem};
+use ublk_core::targets::{File, Mem, Null, Stripe, SyncPolicy, ZonedMem};
 use ublk_core::{Builder, Result};
 
 use crate::boundary::invalid;
@@ -17,11 +17,12 @@ pub(crate) enum Target {
     Mem,
     File,
     ZonedMem,
+    Stripe,
 }
 
 const TARGETS: &[(Target, &CStr, &CStr)] = &[
     (Target::Null, c"null", c"answers every request at once and keeps nothing: for measuring"),
-    (Target::Mem, c"mem", c"keeps what was written in memory"),
+    (Target::Mem, c"mem", c"keeps what was written in memory, integrity metadata too"),
     (
         Target::File,
         c"file",
@@ -31,6 +32,11 @@ const TARGETS: &[(Target, &CStr, &CStr)] = &[
         Target::ZonedMem,
         c"zoned-mem",
         c"a zoned disk in memory: zone_bytes and the other options of zones",
+    ),
+    (
+        Target::Stripe,
+        c"stripe",
+        c"several regular files or block devices as one disk (RAID 0): paths, chunk_bytes, create, direct, sync_writes",
     ),
 ];
 
@@ -43,8 +49,23 @@ impl Target {
         })
     }
 
-    /// What the options make of it.
+    /// What the options make of it. Those of another target's are refused by the start, not ignored.
     pub(crate) fn builder(self, config: &Config) -> Result<Builder> {
+        let mut builder = self.made(config)?;
+        if self != Target::ZonedMem
+            && let Some(zoned) = config.zoned()?
+        {
+            builder = builder.zoned(zoned);
+        }
+        if self != Target::Mem
+            && let Some(integrity) = config.integrity()?
+        {
+            builder = builder.integrity(integrity);
+        }
+        Ok(builder)
+    }
+
+    fn made(self, config: &Config) -> Result<Builder> {
         let size = || {
             config
                 .number(Id::Size)
@@ -55,9 +76,16 @@ impl Target {
             Some(block) => builder.logical_block_size(block),
             None => builder,
         };
+        let sync = match config.is(Id::SyncWrites) {
+            true => SyncPolicy::EveryWrite,
+            false => SyncPolicy::OnFlush,
+        };
         match self {
             Target::Null => Ok(with_block(Null::new().builder(size()?))),
-            Target::Mem => Ok(with_block(Mem::new(size()?).builder())),
+            Target::Mem => Ok(with_block(match config.integrity()? {
+                Some(integrity) => Mem::with_metadata(size()?, integrity).builder(),
+                None => Mem::new(size()?).builder(),
+            })),
             Target::ZonedMem => {
                 let Some(zoned) = config.zoned()? else {
                     return Err(invalid(ATTEMPT, "a zoned disk needs zone_bytes"));
@@ -79,10 +107,7 @@ impl Target {
                 let mut options = File::options()
                     .read_only(config.is(Id::ReadOnly))
                     .direct(config.is(Id::Direct))
-                    .sync(match config.is(Id::SyncWrites) {
-                        true => SyncPolicy::EveryWrite,
-                        false => SyncPolicy::OnFlush,
-                    });
+                    .sync(sync);
                 if config.is(Id::Create) {
                     options = options.create(size()?);
                 }
@@ -90,6 +115,26 @@ impl Target {
                     options = options.logical_block_size(block);
                 }
                 Ok(options.open(path)?.builder())
+            }
+            Target::Stripe => {
+                let paths = config
+                    .text(Id::Paths)
+                    .ok_or_else(|| invalid(ATTEMPT, "the target stripe needs paths"))?;
+                let mut options = Stripe::options()
+                    .read_only(config.is(Id::ReadOnly))
+                    .direct(config.is(Id::Direct))
+                    .sync(sync);
+                if let Some(bytes) = config.number(Id::Chunk) {
+                    options = options.chunk(bytes);
+                }
+                if config.is(Id::Create) {
+                    options = options.create(size()?);
+                }
+                if let Some(block) = block {
+                    options = options.logical_block_size(block);
+                }
+                let members = paths.split('\n').filter(|path| !path.is_empty());
+                Ok(options.open(members)?.builder())
             }
         }
     }

@@ -33,6 +33,49 @@
 //! ```
 //!
 //! It needs a kernel with the driver (`modprobe ublk_drv`) and, as a rule, root.
+//!
+//! # A device's life
+//!
+//! ```text
+//!             add            start              stop, stop_force
+//!  Builder ─────────▶ Added ─────────▶ Running ─────────────────▶ Stopped
+//!     │                 │  ▲     halt     │ │
+//!     │ start = both    │  ╰──────────────╯ │ drop: stop_force
+//!     ▼                 ▼ drop              ▼
+//!  Running            (gone)              (gone)
+//!
+//!             recover            hand_over, or a killed server
+//!  Builder ─────────▶ Running ───────────────────────────────▶ the next one's Builder::recover
+//! ```
+//!
+//! * [`Builder`] checks everything that can be checked without the kernel; nothing exists yet.
+//! * [`Added`]: the kernel knows the device; there is no disk, and nobody serves it. It may be given
+//!   [another description](Added::describe) before it is started.
+//! * [`Running`]: `/dev/ublkbN` is there and served. Its [`Device`] handle is for other threads; it
+//!   [resizes](Device::resize) the disk, and [shares memory](Device::share) with its clients.
+//! * [`Running::stop`] refuses while the disk is in use, and names by whom; [`Running::stop_force`] pulls it from under
+//!   them. Both have a deadline. [`Stopped`]: the device is gone; this says how it went.
+//! * [`Running::halt`] takes the disk away and gives the [`Added`] device back, where the kernel starts a device a
+//!   second time (Linux 7.3): it keeps its number, and what the description of a disk says may change in between.
+//! * A disk with [`USER_RECOVERY`](control::Features::USER_RECOVERY) outlives its server, which was killed or has
+//!   [handed it over](Running::hand_over), and becomes the next one's [`Running`] by [`Builder::recover`]. Its users
+//!   wait meanwhile and see no error. `examples/successor.rs` does that between two processes.
+//!
+//! Each step cleans up after itself when it fails: no device, thread, descriptor or mapping stays.
+//!
+//! # What a disk can be
+//!
+//! | | |
+//! |---|---|
+//! | who makes the calls | the queue's worker; a pool ([`Builder::threads`]); workers that devices share ([`Builder::workers`]); several for a queue ([`Builder::workers_per_queue`]) |
+//! | how data moves | [`Builder::data_path`]: copied by the driver or by us, or not at all |
+//! | what the kernel must, may or must not grant | [`Builder::require`], [`Builder::prefer`], [`Builder::forbid`] |
+//! | [zoned](Builder::zoned) | `examples/zoned_disk.rs`, [`targets::ZonedMem`] |
+//! | with [metadata](Builder::integrity) beside its data | [`targets::Mem::with_metadata`] |
+//! | an ordinary user's | [`UNPRIVILEGED_DEV`](control::Features::UNPRIVILEGED_DEV), `examples/own_disk.rs` |
+//! | one that uses its clients' memory where it is | [`SharedBuffer`], `examples/shared_memory.rs` |
+//! | ready-made, striped, failing on purpose | [`targets`] |
+//! | somebody else's | [`control::Control`] lists, describes, stops and deletes any device |
 
 pub mod backend;
 pub mod control;

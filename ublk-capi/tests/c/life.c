@@ -321,11 +321,77 @@ static void integrity(void) {
     stopped(device);
 }
 
+/* ---- ready-made disks, and what options of another's are ---- */
+
+static ublk_rs_device *target(const char *name, const char *size) {
+    ublk_rs_device *device = NULL;
+    WORKS(ublk_rs_device_new_target(name, &device, error));
+    WORKS(ublk_rs_device_set(device, "size", size, error));
+    return device;
+}
+
+static void refused(ublk_rs_device *device, const char *name, const char *value, const char *words) {
+    WORKS(ublk_rs_device_set(device, name, value, error));
+    EQUAL(ublk_rs_device_start(device, error), -EINVAL);
+    if (strstr(ublk_rs_error_message(error), words) == NULL) {
+        fprintf(stderr, "%s is not in: %s\n", words, ublk_rs_error_message(error));
+        abort();
+    }
+    EQUAL(ublk_rs_device_free(device), 0);
+}
+
+static void targets(void) {
+    char folder[] = "/tmp/ublk-stripe-XXXXXX", paths[128], one[64], other[64];
+    CHECK(mkdtemp(folder) != NULL);
+    snprintf(one, sizeof one, "%s/a:1", folder);
+    snprintf(other, sizeof other, "%s/b,2", folder);
+    snprintf(paths, sizeof paths, "%s\n%s", one, other);
+    ublk_rs_device *device = target("stripe", "16M");
+    EQUAL(ublk_rs_device_start(device, error), -EINVAL); /* without paths */
+    WORKS(ublk_rs_device_set(device, "paths", paths, error));
+    WORKS(ublk_rs_device_set(device, "chunk_bytes", "64K", error));
+    WORKS(ublk_rs_device_set(device, "create", "yes", error));
+    WORKS(ublk_rs_device_start(device, error));
+    EQUAL(ublk_rs_device_size(device), SIZE);
+    EQUAL(disk_io(ublk_rs_device_path(device), 1, 192 << 10, 0x44, NULL), 0);
+    stopped(device);
+    /* The fourth chunk of the disk is the second one of the second file. */
+    unsigned char byte = 0;
+    int fd = open(other, O_RDONLY | O_CLOEXEC);
+    CHECK(fd >= 0);
+    EQUAL(pread(fd, &byte, 1, 64 << 10), 1);
+    EQUAL(byte, 0x44);
+    close(fd);
+    EQUAL(unlink(one) | unlink(other) | rmdir(folder), 0);
+
+    refused(target("null", "16M"), "zone_bytes", "4M", "zone_bytes is for a backend with report_zones, or with submit");
+    refused(target("null", "16M"), "integrity_metadata_size", "8", "integrity_metadata_size is for a backend with submit");
+    refused(target("mem", "16M"), "require", "ZONED", "ZONED is asked for by the option zone_bytes");
+    refused(target("mem", "16M"), "require", "USER_COPY", "USER_COPY is asked for by the option data_path");
+    refused(target("mem", "16M"), "logical_block_size", "3", "logical_block_size is");
+
+    device = target("mem", "16M");
+    WORKS(ublk_rs_device_set(device, "integrity_metadata_size", "8", error));
+    WORKS(ublk_rs_device_set(device, "integrity_checksum", "t10dif", error));
+    int code = ublk_rs_device_start(device, error);
+    if (code == -EOPNOTSUPP) {
+        CHECK(strstr(ublk_rs_error_message(error), "INTEGRITY (since Linux 7.0)") != NULL);
+        EQUAL(ublk_rs_device_free(device), 0);
+        return;
+    }
+    EQUAL(code, 0);
+    EQUAL(disk_io(ublk_rs_device_path(device), 1, 8 << 20, 0x45, NULL), 0);
+    EQUAL(disk_io(ublk_rs_device_path(device), 0, 8 << 20, 0, &byte), 0);
+    EQUAL(byte, 0x45);
+    stopped(device);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
 } CASES[] = {{"resize", resize}, {"hand-over", hand_over}, {"killed", killed},      {"quiesce", quiesce},
-             {"share", share},   {"zoned", zoned},         {"integrity", integrity}};
+             {"share", share},   {"zoned", zoned},         {"integrity", integrity},
+             {"targets", targets}};
 
 int main(int argc, char **argv) {
     int descriptors = entries("/proc/self/fd", ""), ran = 0;

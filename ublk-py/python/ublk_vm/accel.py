@@ -8,6 +8,8 @@ the machine reboots.
 from __future__ import annotations
 
 import fcntl
+import functools
+import grp
 import json
 import os
 import sys
@@ -47,12 +49,33 @@ def _may_open_kvm() -> bool:
     return os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
+def closed() -> str | None:
+    """Why emulation is used although there is KVM, and what to do about it: Debian has it for members of a group."""
+    device = Path("/dev/kvm")
+    if os.environ.get("UBLK_RIG_ACCEL") == "tcg" or not device.exists() or _may_open_kvm():
+        return None
+    said = "/dev/kvm is not ours to open, using emulation, which takes several times as long"
+    try:
+        group = grp.getgrgid(device.stat().st_gid).gr_name
+    except (OSError, KeyError):
+        return said
+    return said if group == "root" else f"{said} (sudo usermod -aG {group} $USER, and log in anew)"
+
+
+@functools.cache
+def say(text: str) -> None:
+    """Once a process, not at every boot."""
+    print(f"kvm: {text}", file=sys.stderr, flush=True)
+
+
 def choose(release: str, boots_with: Callable[[Accel, float], bool]) -> Accel:
     """KVM if it boots kernel `release` (asked once per boot of this machine), else emulation.
 
     `boots_with` boots the kernel in question once, within the given seconds.
     """
     if os.environ.get("UBLK_RIG_ACCEL") == "tcg" or not _may_open_kvm():
+        if why := closed():
+            say(why)
         return TCG
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     store = layout.cache_dir() / "kvm.json"

@@ -24,10 +24,14 @@ class AptError(Exception):
 
 
 def mirrors() -> list[str]:
-    """The repositories that the machine's own apt reads, without the security ones (they have other suites)."""
+    """The repositories that the machine's own apt reads, without the security ones (they have other suites).
+
+    Also before the first `apt-get update`, or after the lists were removed, as images of containers have it: left
+    alone, apt tells of no repository whose Release file it has not got.
+    """
     try:
         out = subprocess.run(
-            ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"],
+            ["apt-get", "indextargets", "--no-release-info", "--format", "$(REPO_URI)", "Created-By: Packages"],
             capture_output=True,
             text=True,
             check=True,
@@ -92,7 +96,10 @@ def opened(suites: Sequence[str]) -> Iterator[Apt]:
     if not KEYRING.exists():
         raise AptError(f"{KEYRING} is missing: apt-get install debian-archive-keyring")
     failures = []
-    for mirror in mirrors():
+    found = mirrors()
+    if not found:
+        raise AptError("this machine's apt has no repository of packages: see /etc/apt/sources.list.d")
+    for mirror in found:
         with tempfile.TemporaryDirectory(prefix="ublk-apt.") as d:
             apt = Apt(Path(d), mirror, suites)
             try:

@@ -3,6 +3,9 @@
 A kernel is asked for by its series ("6.12", "7.3"). The cache holds `kernels/RELEASE/{vmlinuz,lib/modules/RELEASE}`,
 `headers/VERSION/usr/include` (the UAPI headers of the newest series) and `chosen.json`, which says what each series
 resolved to and when Debian was last asked.
+
+A series that Debian has dropped is served from the cache for as long as that is whole. Only without it another one
+stands in, and `Kernel.stands_in` says so: whoever tests on it tests another kernel.
 """
 
 from __future__ import annotations
@@ -53,6 +56,11 @@ class Kernel:
         """The directory with modules.dep."""
         return self.modules / "lib/modules" / self.release
 
+    @property
+    def stands_in(self) -> bool:
+        """Whether it is of another series than was asked for."""
+        return series_of(self.release) != self.label
+
 
 def say(text: str) -> None:
     """Progress goes to stderr: stdout belongs to answers (`headers` prints a path)."""
@@ -101,7 +109,6 @@ def _resolve(a: apt.Apt, series: str) -> str:
     found = _IMAGE.search(a.field("linux-image-amd64", "Depends"))
     if not found:
         raise KernelError(f"Debian has no kernel {series} and linux-image-amd64 names none")
-    say(f"Debian has no kernel {series} any more; taking its newest, {found[1]}, for it")
     return found[1]
 
 
@@ -224,6 +231,22 @@ def _entry(cache: Path, key: str, value: str) -> tuple[Path, tuple[str, ...]]:
     return cache / "kernels" / value, _required(value)
 
 
+def _is_of(key: str, value: str) -> bool:
+    """Whether what a series (or "headers") resolved to is of that series."""
+    return series_of(value) == (HEADERS_SERIES if key == "headers" else key)
+
+
+def _cached(cache: Path, key: str) -> str | None:
+    """The newest that the cache has of a series (or of its headers), whole."""
+    folder = cache / ("headers" if key == "headers" else "kernels")
+    found: str | None = None
+    for entry in folder.glob("[0-9]*"):
+        better = _is_of(key, entry.name) and (found is None or _newer(entry.name, found))
+        if better and _intact(cache, {key: entry.name}, key):
+            found = entry.name
+    return found
+
+
 def _headers_version(a: apt.Apt, release: str) -> str:
     """The linux-libc-dev built from the same source as `release`, or the newest."""
     upstream = release.split("+", maxsplit=1)[0]
@@ -238,6 +261,10 @@ def _fetch(cache: Path, keys: list[str], chosen: dict[str, str]) -> None:
                 value = _headers_version(a, chosen.get(HEADERS_SERIES) or _resolve(a, HEADERS_SERIES))
             else:
                 value = _resolve(a, key)
+            if not _is_of(key, value):
+                kept = _cached(cache, key)
+                say(f"{key}: Debian has none any more; " + (f"keeping {kept}" if kept else f"{value} stands in"))
+                value = kept or value
             chosen[key] = value
             if _intact(cache, chosen, key):
                 say(f"{key}: {value}, already here")
@@ -252,6 +279,9 @@ def _ensure(keys: list[str], *, refresh: bool) -> dict[str, str]:
     cache = layout.cache_dir()
     with _locked(cache):
         chosen = _read_chosen(cache)
+        for key in keys:
+            if not (key in chosen and _is_of(key, chosen[key])) and (found := _cached(cache, key)):
+                chosen[key] = found
         have = {k for k in keys if _intact(cache, chosen, k)}
         wanted = [k for k in keys if refresh or k not in have or _is_old(chosen, k)]
         if not wanted:
@@ -271,7 +301,7 @@ def _ensure(keys: list[str], *, refresh: bool) -> dict[str, str]:
 
 @functools.cache
 def ensure(label: str) -> Kernel:
-    """The kernel of a series, fetched if the cache has no intact one."""
+    """The kernel of a series, fetched if the cache has no intact one; see `Kernel.stands_in`."""
     release = _ensure([label], refresh=False)[label]
     root = layout.cache_dir() / "kernels" / release
     return Kernel(label, release, root / "vmlinuz", root)
