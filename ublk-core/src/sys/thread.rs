@@ -171,6 +171,28 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri has no close_range")]
+    fn a_thread_apart_has_no_files_of_the_process_and_gives_it_none() {
+        let ours = std::fs::File::open("/dev/null").unwrap();
+        let number = ours.as_raw_fd();
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        spawn_apart("apart".into(), move || {
+            let theirs = std::fs::File::open("/dev/zero").unwrap();
+            // SAFETY: F_GETFD takes no pointer.
+            let is_there = unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 };
+            tell.send((theirs.as_raw_fd(), is_there)).unwrap();
+            let _ = ended.recv();
+        })
+        .unwrap();
+        assert_eq!(told.recv().unwrap(), (0, false), "the first of an empty table");
+        let zero = std::path::Path::new("/proc/self/fd/0");
+        assert_ne!(std::fs::read_link(zero).ok(), Some("/dev/zero".into()));
+        drop(end);
+        ours.metadata().unwrap();
+    }
+
+    #[test]
     #[cfg_attr(miri, ignore = "Miri has no signal masks")]
     fn a_thread_starts_with_every_signal_blocked_and_the_caller_keeps_its_mask() {
         let mask = || {
