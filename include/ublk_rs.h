@@ -1114,7 +1114,8 @@ int ublk_rs_device_set_workers(ublk_rs_device *device, const ublk_rs_workers *wo
  * Starts the disk: when this returns, its node can be opened.
  *
  * Waits: for the kernel, up to the option start_timeout_ms. Not from a callback. With the option dispatch the calling
- * thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options.
+ * thread calls the backend meanwhile. If it fails nothing stays behind, and it can be tried again with other options; so
+ * can a halted device that these do not fit, which stays.
  *
  * @param device  the device
  * @param error   NULL, or where to say what went wrong
@@ -1236,13 +1237,17 @@ int ublk_rs_device_resize(ublk_rs_device *device, uint64_t size, ublk_rs_error *
  *
  * Waits: the disk stands still for a moment. Not from a callback.
  *
+ * ublk_rs_device_hand_over() and ublk_rs_device_halt() end it. What a killed server has shared the driver keeps: to the
+ * server that recovers the disk requests in it are like others, and it can share the memory again once it has called
+ * ublk_rs_device_unshare() with the number that the former one was told.
+ *
  * @param device     the device
  * @param memfd      a memory file that is sealed against shrinking; not kept
  * @param read_only  not 0 for a file that may not be written to; such memory serves writes of the client alone
  * @param number     the memory's number with this device, for ublk_rs_device_unshare()
  * @param error      NULL, or where to say what went wrong
  * @return 0; -EOPNOTSUPP without the feature, -EINVAL without the seal or for another file, -EEXIST if a part of it is
- *         shared, -EBADFD, -EDEADLK
+ *         shared, -ETIMEDOUT if the backend does not answer the requests that it has, -EBADFD, -EDEADLK
  */
 int ublk_rs_device_share(ublk_rs_device *device,
                          int memfd,
@@ -1251,16 +1256,19 @@ int ublk_rs_device_share(ublk_rs_device *device,
                          ublk_rs_error *error);
 
 /**
- * Ends the sharing of the memory with this number, once the requests that are out are answered.
+ * Ends the sharing of the memory with this number, which may be one that a former server of the disk was told, once the
+ * requests that are out are answered.
  *
  * Waits: the disk stands still for a moment. Not from a callback.
  *
  * @param device  the device
  * @param number  what ublk_rs_device_share() has stored
  * @param error   NULL, or where to say what went wrong
- * @return 0; -ENOENT if there is none, -EBADFD, -EDEADLK
+ * @return 0; -ENOENT if there is none, -ETIMEDOUT as of ublk_rs_device_share(), -EBADFD, -EDEADLK
  */
-int ublk_rs_device_unshare(ublk_rs_device *device, uint32_t number, ublk_rs_error *error);
+int ublk_rs_device_unshare(ublk_rs_device *device,
+                           uint32_t number,
+                           ublk_rs_error *error);
 
 /**
  * The descriptor to watch for readability, of a device with the option dispatch: while it is readable,

@@ -143,7 +143,8 @@ using bytes = span<std::byte>;
 using const_bytes = span<const std::byte>;
 using zone = ublk_rs_zone;
 
-/// A request in the hands of who answers it. One that is destroyed without an answer is answered with EIO.
+/// A request in the hands of who answers it. One that is destroyed without an answer is answered with EIO. It must not outlive
+/// its device: what a thread pool has in its queues is to be gone before the device is, or with its backend.
 class request {
 public:
     request(ublk_rs_device *device, std::uint64_t number, const ublk_rs_io &io) noexcept

@@ -65,7 +65,7 @@ CAPABILITIES = (
         "Stop with a deadline, by force, by others, under load",
         r"(life::|test_disk_life).*(stop|drop|delete|revoked|held)",
     ),
-    Capability("Bring-up, nothing left behind", r"life::|cancelled::|test_disk_life"),
+    Capability("Bring-up, nothing left behind", r"life::|cancelled::|described::|test_disk_life"),
     Capability("A worker that dies takes its device down", r"worker_death::"),
     Capability("Recovery: a disk outlives its killed server", r"recovery::|ten_kills"),
     Capability(
@@ -81,7 +81,7 @@ CAPABILITIES = (
     Capability("Async backends on the worker's ring", r"async_ring::"),
     Capability("Files and block devices as disks", r"test_disk_file\.py"),
     Capability("Memory given back when idle", r"memory::"),
-    Capability("Control commands, features, parameters, from any thread", r"control::|rules::"),
+    Capability("Control commands, features, parameters, from any thread", r"control::|rules::|\blate::"),
     Capability("Batches taken in part, pages that cannot be registered: what comes of it", r"driver_failures::"),
     Capability("The driver's protocol, point by point", r"claims::"),
 )

@@ -28,6 +28,7 @@ pub struct ublk_rs_device {
 pub const UBLK_RS_FOREVER: u64 = u64::MAX;
 
 /// Who answers the requests.
+#[derive(Clone)]
 pub(crate) enum Source {
     Program(Arc<Callbacks>),
     Ready(Target),
@@ -54,7 +55,8 @@ struct State {
 /// What a handle points to.
 pub(crate) struct Device {
     state: Mutex<State>,
-    source: Source,
+    /// Until it is closed.
+    source: Mutex<Option<Source>>,
     table: Arc<Table<Request>>,
     inbox: OnceLock<Arc<Inbox>>,
     /// `/dev/ublkbN`: strings that were given out live as long as this.
@@ -89,7 +91,7 @@ impl Device {
                 config: Config::new(),
                 device: None,
             }),
-            source,
+            source: Mutex::new(Some(source)),
             // The driver makes no more queues than there can be CPUs.
             table: Arc::new(Table::new(possible_cpus())),
             inbox: OnceLock::new(),
@@ -187,7 +189,8 @@ impl Device {
     fn builder(self: &Arc<Self>, config: &Config, shape: Option<u16>) -> Result<Builder> {
         let attempt = "describe the device";
         let dispatch = config.is(Id::Dispatch);
-        let builder = match &self.source {
+        let source = self.source().ok_or_else(|| wrong_state(attempt, "it is being freed"))?;
+        let builder = match &source {
             Source::Ready(_) if dispatch => {
                 return Err(invalid(attempt, "dispatch is for backends of the program's own"));
             }
@@ -225,7 +228,7 @@ impl Device {
                 serve::builder(self, callbacks, inbox, size, depth.into(), caps)
             }
         };
-        config.apply(builder, matches!(self.source, Source::Ready(_)))
+        config.apply(builder, matches!(source, Source::Ready(_)))
     }
 
     fn inbox_made(&self, attempt: &'static str) -> Result<&Arc<Inbox>> {
@@ -240,11 +243,11 @@ impl Device {
     fn bring_up(
         self: &Arc<Self>,
         attempt: &'static str,
-        up: impl FnOnce(&Arc<Self>, &Config, Option<Box<Added>>) -> Result<Running> + Send,
+        up: impl FnOnce(&Arc<Self>, &Config, &mut Option<Box<Added>>) -> Result<Running> + Send,
     ) -> Result<()> {
         self.check_process(attempt)?;
         boundary::may_wait(attempt)?;
-        let (config, added) = {
+        let (config, mut added) = {
             let mut state = self.lock();
             match std::mem::replace(&mut state.phase, Phase::Changing) {
                 Phase::Described(added) => (state.config.clone(), added),
@@ -259,7 +262,7 @@ impl Device {
         {
             inbox.adopt();
         }
-        let done = self.dispatching(move || up(self, &config, added));
+        let done = self.dispatching(|| up(self, &config, &mut added));
         let mut state = self.lock();
         match done {
             Ok(running) => {
@@ -270,20 +273,23 @@ impl Device {
                 Ok(())
             }
             Err(error) => {
-                // Nothing is left of the attempt: the description can be mended and tried again.
-                state.phase = Phase::Described(None);
+                // Nothing is left of the attempt but a halted device that is not what the options describe: these can
+                // be mended, and it is tried again.
+                state.phase = Phase::Described(added);
                 Err(error)
             }
         }
     }
 
     pub(crate) fn start(self: &Arc<Self>) -> Result<()> {
-        self.bring_up("start the device", |this, config, added| match added {
-            None => this.builder(config, None)?.start(),
-            Some(mut added) => {
+        self.bring_up("start the device", |this, config, halted| {
+            if let Some(added) = halted {
                 let depth = added.info().queue_depth;
                 added.describe(this.builder(config, Some(depth))?)?;
-                added.start()
+            }
+            match halted.take() {
+                Some(added) => added.start(),
+                None => this.builder(config, None)?.start(),
             }
         })
     }
@@ -340,12 +346,12 @@ impl Device {
 
     /// Calls the program for the requests that have come. `Err` if there are none and none will come any more.
     pub(crate) fn dispatch(&self, most: u32) -> std::result::Result<u32, ()> {
-        let (Some(inbox), Source::Program(callbacks)) = (self.inbox.get(), &self.source) else {
+        let (Some(inbox), Some(Source::Program(callbacks))) = (self.inbox.get(), self.source()) else {
             return Err(());
         };
         let submitter = match callbacks.submits() {
             true => Some(Submitter {
-                callbacks: Arc::clone(callbacks),
+                callbacks: Arc::clone(&callbacks),
                 table: Arc::clone(&self.table),
                 device: self.this.upgrade().ok_or(())?,
             }),
@@ -356,7 +362,7 @@ impl Device {
         while done < most {
             match (inbox.next(), &submitter) {
                 (Ok(request), Some(submitter)) => submitter.submit(request),
-                (Ok(request), None) => serve::call(callbacks, request),
+                (Ok(request), None) => serve::call(&callbacks, request),
                 (Err(false), _) if done == 0 => return Err(()),
                 (Err(_), _) => break,
             }
@@ -445,13 +451,20 @@ impl Device {
         })
     }
 
-    /// Lets go of everything but the memory.
+    fn source(&self) -> Option<Source> {
+        self.source.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Lets go of everything but the memory. The program's `destroy` may complete what it has kept: it is called while the
+    /// device is whole.
     pub(crate) fn close(&self) {
         let phase = std::mem::replace(&mut self.lock().phase, Phase::Over);
         self.dispatching(|| drop(phase));
         if let Some(inbox) = self.inbox.get() {
             inbox.clear();
         }
+        let source = self.source.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(source);
     }
 }
 

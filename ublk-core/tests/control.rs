@@ -11,7 +11,9 @@ use ublk_core::control::{
     AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
     Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait,
 };
-use ublk_core::{Errno, ErrorKind};
+use ublk_core::targets::Null;
+use ublk_core::uapi::ublk_shmem_buf_reg;
+use ublk_core::{Ending, Errno, ErrorKind, Running};
 
 // Generous: the guest may be emulated.
 const SOON: Duration = Duration::from_secs(30);
@@ -211,6 +213,179 @@ fn bad_arguments_are_refused_with_their_reason() {
     }
     control.stop_dev(id, &Wait::for_(SOON)).unwrap();
     delete(&control, id);
+}
+
+/// A disk of which nobody looks for partitions.
+fn live(require: Features) -> Running {
+    let builder = Null::new().builder(64 << 20).queue_depth(4).require(require);
+    builder.prefer(Features::NO_AUTO_PART_SCAN).start().unwrap()
+}
+
+/// The version that brought what a driver lacks, in the words of the refusal.
+fn without(command: &str, feature: Features) -> (ErrorKind, String) {
+    let known = Control::open().unwrap().features().unwrap().contains(feature);
+    let words = match known {
+        true => format!("added without {command}"),
+        false => format!("does not know this command (since Linux {})", feature.since().unwrap()),
+    };
+    (ErrorKind::Unsupported, words)
+}
+
+#[test]
+fn each_command_names_the_rule_that_its_caller_breaks() {
+    type Said = (ErrorKind, String);
+    let control = Control::open().unwrap();
+    let (wait, us) = (Wait::for_(SOON), std::process::id() as i32);
+    let (invalid, wrong) = (ErrorKind::InvalidParameter, ErrorKind::WrongState);
+    let said = |kind, words: &str| (kind, words.to_owned());
+    let refused = |what: &str, result: ublk_core::Result<()>, (kind, words): Said| {
+        let e = result.expect_err(what);
+        assert_eq!(e.kind(), kind, "{what}: {e}");
+        assert!(e.to_string().contains(&words), "{what}: {e}");
+        assert!(control.outstanding().is_empty(), "{what}");
+    };
+    let bare = add(&control);
+    let plain = live(Features::NONE);
+    let kept = live(Features::USER_RECOVERY);
+    let never = control.add_dev(
+        &AddDevice::new(&params())
+            .features(FeatureRequest::require(Features::USER_RECOVERY).prefer(Features::QUIESCE)),
+    );
+    let never = never.unwrap().id;
+
+    let start = |id, pid| control.start_dev(id, pid, &wait);
+    for pid in [0, -1, i32::MIN] {
+        refused("START", start(bare, pid), (invalid, format!("positive, not {pid}")));
+    }
+    refused("START", start(bare, us), said(invalid, "no parameters are set"));
+    refused("START", start(plain.id(), us), said(wrong, "live already"));
+    if is_recent(&control) {
+        // The driver compares it once every tag is fetched.
+        refused("START", start(plain.id(), 1), said(invalid, "another process than 1"));
+    }
+    let set = |id| control.set_params(id, &params());
+    refused("SET_PARAMS", set(plain.id()), said(wrong, "settled once the disk exists"));
+
+    let begin = |id| control.start_user_recovery(id);
+    let end = |id, pid| control.end_user_recovery(id, pid, &wait);
+    for id in [bare, plain.id()] {
+        refused("START_USER_RECOVERY", begin(id), said(wrong, "without USER_RECOVERY"));
+        refused("END_USER_RECOVERY", end(id, us), said(wrong, "without USER_RECOVERY"));
+    }
+    refused("START_USER_RECOVERY", begin(never), said(wrong, "has no disk"));
+    refused("END_USER_RECOVERY", end(never, us), said(wrong, "has no disk"));
+    let busy = ErrorKind::Busy;
+    refused("START_USER_RECOVERY", begin(kept.id()), said(busy, "former server is not gone"));
+    refused("END_USER_RECOVERY", end(kept.id(), us), said(wrong, "not being recovered"));
+    refused("END_USER_RECOVERY", end(kept.id(), 0), said(invalid, "positive, not 0"));
+
+    let quiesce = |id| control.quiesce_dev(id, 20, &wait);
+    for id in [bare, plain.id()] {
+        refused("QUIESCE_DEV", quiesce(id), without("QUIESCE", Features::QUIESCE));
+    }
+    if control.features().unwrap().contains(Features::QUIESCE) {
+        refused("QUIESCE_DEV", quiesce(never), said(wrong, "has no disk"));
+    }
+    let resize = control.update_size(bare, 1 << 20);
+    if !control.features().unwrap().contains(Features::UPDATE_SIZE) {
+        refused("UPDATE_SIZE", resize, without("", Features::UPDATE_SIZE));
+    }
+    if !control.features().unwrap().contains(Features::SAFE_STOP_DEV) {
+        let stop = control.try_stop_dev(plain.id(), &wait);
+        refused("TRY_STOP_DEV", stop, without("", Features::SAFE_STOP_DEV));
+    }
+    // Nothing of all this has changed anything.
+    assert_eq!(control.get_dev_info(bare).unwrap().state, DeviceState::Dead);
+    for disk in [plain, kept] {
+        assert_eq!(disk.state().unwrap(), DeviceState::Live);
+        assert!(fs::read(disk.path()).is_ok());
+        disk.stop(SOON).unwrap();
+    }
+    delete(&control, bare);
+    delete(&control, never);
+}
+
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
+#[test]
+fn memory_that_cannot_be_registered_is_refused_with_its_rule() {
+    static PAGES: [Page; 2] = [const { Page([0; 4096]) }; 2];
+    let control = Control::open().unwrap();
+    let bare = add(&control);
+    let at = PAGES[0].0.as_ptr() as u64;
+    let fine = ublk_shmem_buf_reg { addr: at, len: 4096, flags: 1, reserved: 0 };
+    let register = |id, buffer: ublk_shmem_buf_reg| {
+        // SAFETY: a static of zeroes that nobody else looks at, for clients to read.
+        unsafe { control.reg_buf(id, &buffer) }
+    };
+    for (buffer, words) in [
+        (ublk_shmem_buf_reg { flags: 2, ..fine }, "READ_ONLY alone"),
+        (ublk_shmem_buf_reg { reserved: 1, ..fine }, "reserved is 0"),
+        (ublk_shmem_buf_reg { len: 0, ..fine }, "1 to 4294967296 bytes, not 0"),
+        (ublk_shmem_buf_reg { len: (1 << 32) + 4096, ..fine }, "1 to 4294967296 bytes, not"),
+        (ublk_shmem_buf_reg { len: 100, ..fine }, "whole pages of 4096 bytes, not 100"),
+        (ublk_shmem_buf_reg { addr: at + 512, ..fine }, "whole pages of 4096 bytes"),
+    ] {
+        // Also by drivers that would say that they do not know the command.
+        let e = register(bare, buffer).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+        assert!(e.to_string().contains(words), "{e}");
+    }
+    let e = control.unreg_buf(bare, 65536).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+    assert!(e.to_string().contains("0 to 65535, not 65536"), "{e}");
+    let (kind, words) = without("SHMEM_ZC", Features::SHMEM_ZC);
+    for e in [register(bare, fine).unwrap_err(), control.unreg_buf(bare, 0).unwrap_err()] {
+        assert_eq!(e.kind(), kind, "{e}");
+        assert!(e.to_string().contains(&words), "{e}");
+    }
+    delete(&control, bare);
+    if !control.features().unwrap().contains(Features::SHMEM_ZC) {
+        return;
+    }
+    let request = AddDevice::new(&params()).features(FeatureRequest::require(Features::SHMEM_ZC));
+    let id = control.add_dev(&request).unwrap().id;
+    let e = control.unreg_buf(id, 0).unwrap_err();
+    assert_eq!(e.errno(), Some(Errno::ENOENT));
+    assert!(e.to_string().contains("no buffer has this index"), "{e}");
+    let index = register(id, fine).unwrap();
+    let e = register(id, ublk_shmem_buf_reg { len: 8192, ..fine }).unwrap_err();
+    assert_eq!(e.errno(), Some(Errno::EEXIST));
+    assert!(e.to_string().contains("registered already"), "{e}");
+    // Nobody's memory.
+    let e = register(id, ublk_shmem_buf_reg { addr: 4096, ..fine }).unwrap_err();
+    assert_eq!(e.errno(), Some(Errno::EFAULT));
+    assert!(e.to_string().contains("not all of it is mapped"), "{e}");
+    control.unreg_buf(id, index).unwrap();
+    assert_eq!(register(id, fine).unwrap(), index);
+    delete(&control, id);
+}
+
+#[test]
+fn a_disk_that_is_open_is_not_stopped_by_who_only_tries() {
+    let control = Control::open().unwrap();
+    if !control.features().unwrap().contains(Features::SAFE_STOP_DEV) {
+        let e = control.try_stop_dev(0, &Wait::for_(SOON)).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::NoSuchDevice, "{e}");
+        println!("\nnot run: the driver lacks SAFE_STOP_DEV (since Linux 7.0)");
+        return;
+    }
+    let disk = live(Features::NONE);
+    let (id, path) = (disk.id(), disk.path().to_owned());
+    let client = fs::File::open(&path).unwrap();
+    let e = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
+    assert_eq!((e.kind(), e.errno()), (ErrorKind::Busy, Some(Errno::EBUSY)));
+    assert!(e.to_string().contains(&format!("(pid {})", std::process::id())), "{e}");
+    assert_eq!(control.get_dev_info(id).unwrap().state, DeviceState::Live);
+    assert_eq!(fs::read(&path).unwrap().len(), 64 << 20, "it works on, and can be opened");
+    drop(client);
+    // A closed file is let go of in a moment.
+    eventually("it is stopped", || control.try_stop_dev(id, &Wait::for_(SOON)).is_ok());
+    assert_eq!(control.get_dev_info(id).unwrap().state, DeviceState::Dead);
+    assert!(!path.exists());
+    assert_eq!(disk.wait().unwrap(), Ending::StoppedByOthers);
+    disk.stop(SOON).unwrap();
 }
 
 #[test]
@@ -497,24 +672,45 @@ fn unprivileged_user() {
     delete(&control, id);
 }
 
-#[test]
-fn an_unprivileged_user_has_a_device_of_its_own() {
-    if std::env::var_os(AS_USER).is_some() {
-        return unprivileged_user();
-    }
-    std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
-    // Root's own device is neither listed nor touched.
-    let control = Control::open().unwrap();
-    let roots = add(&control);
-    let mut user = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["an_unprivileged_user_has_a_device_of_its_own", "--exact", "--nocapture"])
+/// This very test, as another user.
+fn as_user(test: &str) -> std::process::Child {
+    std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--nocapture"])
         .env(AS_USER, "1")
         .uid(NOBODY)
         .gid(NOBODY)
         .stdin(std::process::Stdio::piped())
         .stdout(std::process::Stdio::piped())
         .spawn()
-        .unwrap();
+        .unwrap()
+}
+
+/// The driver's node is the user's, for as long as this lives.
+struct Theirs;
+
+impl Theirs {
+    fn new() -> Self {
+        std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
+        Theirs
+    }
+}
+
+impl Drop for Theirs {
+    fn drop(&mut self) {
+        let _ = std::os::unix::fs::chown("/dev/ublk-control", Some(0), None);
+    }
+}
+
+#[test]
+fn an_unprivileged_user_has_a_device_of_its_own() {
+    if std::env::var_os(AS_USER).is_some() {
+        return unprivileged_user();
+    }
+    let _theirs = Theirs::new();
+    // Root's own device is neither listed nor touched.
+    let control = Control::open().unwrap();
+    let roots = add(&control);
+    let mut user = as_user("an_unprivileged_user_has_a_device_of_its_own");
     let mut said = String::new();
     for line in BufReader::new(user.stdout.take().unwrap()).lines() {
         let line = line.unwrap();
@@ -527,7 +723,6 @@ fn an_unprivileged_user_has_a_device_of_its_own() {
     }
     assert!(user.wait().unwrap().success(), "{said}");
     assert!(said.contains("1 passed"), "{said}");
-    std::os::unix::fs::chown("/dev/ublk-control", Some(0), None).unwrap();
     assert_eq!(ids(&control), [roots].into());
     delete(&control, roots);
 }

@@ -7,9 +7,9 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
-use disk::kernel::lacks;
+use disk::kernel::{lacks, offered};
 use disk::{SOON, Server, bounded, eventually, no_devices};
 use ublk_core::control::{Control, Features, Wait};
 use ublk_core::targets::File;
@@ -32,6 +32,22 @@ fn file_builder(path: &str) -> Builder {
     File::options().open(path).unwrap().builder().queue_depth(16).queues(2)
 }
 
+/// How the disk is let go of and, behind a `+` each, a data path (by default the file's favourite) and `batch`.
+fn way(builder: Builder, name: &str) -> Builder {
+    let mut words = name.split('+');
+    let builder = match words.next().unwrap() {
+        "quiesce" => builder.require(PLAIN),
+        "reissue" => {
+            builder.require(PLAIN | Features::USER_RECOVERY_REISSUE).forbid(Features::QUIESCE)
+        }
+        other => panic!("no way {other}"),
+    };
+    words.fold(builder, |builder, word| match word {
+        "batch" => builder.require(Features::BATCH_IO),
+        path => builder.data_path(path.parse().unwrap()),
+    })
+}
+
 /// Not a test of its own: the servers that the tests below start.
 #[test]
 fn server_process() {
@@ -39,12 +55,7 @@ fn server_process() {
     let control = Control::open().unwrap();
     let words: Vec<&str> = role.split(' ').collect();
     let running = match words[..] {
-        ["quiesce", path] => file_builder(path).require(PLAIN).add(&control).unwrap().start(),
-        ["reissue", path] => {
-            let reissue = PLAIN | Features::USER_RECOVERY_REISSUE;
-            let builder = file_builder(path).require(reissue).forbid(Features::QUIESCE);
-            builder.add(&control).unwrap().start()
-        }
+        ["serve", name, path] => way(file_builder(path), name).add(&control).unwrap().start(),
         ["recover", id, path] => {
             file_builder(path).start_timeout(SOON).recover(id.parse().unwrap(), &control)
         }
@@ -94,7 +105,7 @@ struct Wandering {
 impl Wandering {
     fn start(way: &str) -> Self {
         let store = Store::new(way);
-        let mut server = Server::start("server_process", &format!("{way} {}", store.path()));
+        let mut server = Server::start("server_process", &format!("serve {way} {}", store.path()));
         let id = server.hear("ready").parse().unwrap();
         Wandering { store, server, id }
     }
@@ -179,6 +190,15 @@ impl Drop for Fio {
     }
 }
 
+/// Waits until it has had so many requests more.
+fn gets_on(fio: &mut Fio, id: u32) {
+    let before = completed(id);
+    eventually("fio gets on", || {
+        assert!(fio.is_running());
+        completed(id) > before + 50
+    });
+}
+
 /// Completed requests of the disk, by the kernel's count.
 fn completed(id: u32) -> u64 {
     let stat = fs::read_to_string(format!("/sys/block/ublkb{id}/stat")).unwrap();
@@ -189,18 +209,13 @@ fn completed(id: u32) -> u64 {
 fn ten_handovers_under_fio(way: &str) {
     let mut disk = Wandering::start(way);
     let info = Control::open().unwrap().get_dev_info(disk.id).unwrap();
-    assert_eq!(info.features.contains(Features::QUIESCE), way == "quiesce");
+    assert_eq!(info.features.contains(Features::QUIESCE), way.starts_with("quiesce"));
     let mut fio = Fio::start(&disk_of(disk.id), 16);
     for _ in 0..10 {
-        let before = completed(disk.id);
-        eventually("fio gets on", || {
-            assert!(fio.is_running());
-            completed(disk.id) > before + 50
-        });
+        gets_on(&mut fio, disk.id);
         disk.hand_over();
     }
-    let before = completed(disk.id);
-    eventually("fio gets on", || completed(disk.id) > before + 50);
+    gets_on(&mut fio, disk.id);
     fio.stop();
     disk.end();
 }
@@ -224,12 +239,8 @@ fn run(program: &str, args: &[&str]) {
     assert!(out.status.success(), "{program}: {out:?}");
 }
 
-#[test]
-fn a_file_system_stays_mounted_across_handovers() {
-    if !can_hand_over() {
-        return;
-    }
-    let mut disk = Wandering::start("quiesce");
+fn stays_mounted(way: &str) {
+    let mut disk = Wandering::start(way);
     let path = disk_of(disk.id);
     let path = path.to_str().unwrap();
     run("/sbin/mkfs.ext4", &["-q", path]);
@@ -237,26 +248,34 @@ fn a_file_system_stays_mounted_across_handovers() {
     fs::create_dir_all(&point).unwrap();
     // Of an error the file system would remember nothing but that it is read-only.
     run("mount", &["-t", "ext4", "-o", "errors=remount-ro", path, point.to_str().unwrap()]);
-    let ended = Arc::new(AtomicBool::new(false));
+    let (ended, files) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
     let writer = {
-        let (ended, point) = (Arc::clone(&ended), point.clone());
+        let (ended, files, point) = (Arc::clone(&ended), Arc::clone(&files), point.clone());
         std::thread::spawn(move || {
-            let mut count = 0u32;
             while !ended.load(Ordering::Relaxed) {
+                let count = files.load(Ordering::Relaxed);
                 let mut file = fs::File::create(point.join(format!("f{}", count % 32))).unwrap();
                 file.write_all(&count.to_le_bytes().repeat(4096)).unwrap();
                 file.sync_all().unwrap();
-                count += 1;
+                files.store(count + 1, Ordering::Relaxed);
             }
-            count
         })
     };
-    for _ in 0..3 {
+    let gets_on = || {
+        let before = files.load(Ordering::Relaxed);
+        eventually("the file system is written to", || {
+            assert!(!writer.is_finished(), "the writer has ended");
+            files.load(Ordering::Relaxed) > before + 2
+        });
+    };
+    for _ in 0..2 {
+        gets_on();
         disk.hand_over();
     }
+    gets_on();
     ended.store(true, Ordering::Relaxed);
-    let count = bounded("the writer's end", move || writer.join().unwrap());
-    assert!(count > 0);
+    bounded("the writer's end", move || writer.join().unwrap());
+    let count = files.load(Ordering::Relaxed);
     for n in count.saturating_sub(32)..count {
         let data = fs::read(point.join(format!("f{}", n % 32))).unwrap();
         assert!(data == n.to_le_bytes().repeat(4096), "file {n}");
@@ -267,24 +286,47 @@ fn a_file_system_stays_mounted_across_handovers() {
     disk.end();
 }
 
-/// fio goes on across servers that are killed, where their requests are sent to the next.
 #[test]
-fn ten_kills_with_reissue_fail_nothing_under_fio() {
-    let mut disk = Wandering::start("reissue");
+fn a_file_system_stays_mounted_across_handovers() {
+    if !can_hand_over() {
+        return;
+    }
+    stays_mounted("quiesce");
+    // Which cannot be quiesced with requests about.
+    if offered().contains(Features::BATCH_IO) {
+        stays_mounted("reissue+auto-buf-reg+batch");
+    }
+}
+
+/// fio goes on across servers that are killed, where their requests are sent to the next.
+fn killed_under_fio(way: &str, kills: u32) {
+    let mut disk = Wandering::start(way);
     // Less than the tags of a queue: of a full one drivers before 6.16 notice the server's end after 30 seconds.
     let mut fio = Fio::start(&disk_of(disk.id), 4);
-    for _ in 0..10 {
-        let before = completed(disk.id);
-        eventually("fio gets on", || {
-            assert!(fio.is_running());
-            completed(disk.id) > before + 50
-        });
+    for _ in 0..kills {
+        gets_on(&mut fio, disk.id);
         disk.server.kill();
         disk.server.wait();
         let role = format!("recover {} {}", disk.id, disk.store.path());
         disk.server = Server::start("server_process", &role);
         disk.server.hear("ready");
     }
+    gets_on(&mut fio, disk.id);
     fio.stop();
     disk.end();
+}
+
+#[test]
+fn ten_kills_with_reissue_fail_nothing_under_fio() {
+    let ways = [
+        ("reissue+zero-copy", Features::SUPPORT_ZERO_COPY),
+        ("reissue+auto-buf-reg+batch", Features::BATCH_IO),
+    ];
+    let mut kills = 10;
+    for (way, _) in ways.into_iter().filter(|(_, needed)| offered().contains(*needed)) {
+        killed_under_fio(way, 3);
+        kills -= 3;
+    }
+    // By the file's favourite.
+    killed_under_fio("reissue", kills);
 }

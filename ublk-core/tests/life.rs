@@ -5,11 +5,12 @@ mod disk;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
 use disk::cycle::{nothing_is_left_by, ram, write_and_read};
+use disk::kernel::lacks;
 use disk::{Client, Ram, SOON, anonymous_bytes, bounded, devices, eventually, no_devices};
 use ublk_core::control::{Control, Features, Holder, Wait};
 use ublk_core::targets::Null;
@@ -385,6 +386,51 @@ fn a_forced_stop_under_load_answers_every_client() {
     disk.stop_force(Duration::from_secs(10)).unwrap();
     let reads = clients.into_iter().map(|c| bounded("the client ends", move || c.join().unwrap()));
     assert!(reads.sum::<u64>() > 100);
+    no_devices();
+}
+
+/// Gives up CAP_SYS_ADMIN, on this thread: who has it opens a disk also while it goes.
+fn without_privilege() {
+    const VERSION_3: u32 = 0x2008_0522;
+    const SYS_ADMIN: u32 = 1 << 21;
+    let (header, mut sets) = ([VERSION_3, 0], [0u32; 6]);
+    // SAFETY: the structs of capget(2) and capset(2): two words, and twice three.
+    unsafe {
+        assert_eq!(libc::syscall(libc::SYS_capget, header.as_ptr(), sets.as_mut_ptr()), 0);
+        sets[0] &= !SYS_ADMIN;
+        assert_eq!(libc::syscall(libc::SYS_capset, header.as_ptr(), sets.as_ptr()), 0);
+    }
+}
+
+#[test]
+fn a_disk_that_could_be_opened_is_not_stopped_in_that_moment() {
+    if lacks(Features::SAFE_STOP_DEV) {
+        return;
+    }
+    for round in 0..20 {
+        let disk = ram().require(Features::NO_AUTO_PART_SCAN).start().unwrap();
+        let (path, opened) = (disk.path().to_owned(), Arc::new(AtomicU32::new(0)));
+        let count = Arc::clone(&opened);
+        let opener = std::thread::spawn(move || {
+            without_privilege();
+            loop {
+                match Client::try_open(&path) {
+                    Ok(client) => {
+                        // Whoever got it may use it.
+                        client.read(0, 4096).unwrap_or_else(|e| panic!("round {round}: {e}"));
+                        count.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(e) => return e.raw_os_error(),
+                }
+                // For the stop to find a gap.
+                std::thread::sleep(Duration::from_micros(100));
+            }
+        });
+        eventually("the opener is at work", || opened.load(Ordering::Relaxed) > 3);
+        disk.stop(SOON).unwrap();
+        let refused = bounded("the opener", move || opener.join()).unwrap();
+        assert!(matches!(refused, Some(libc::ENXIO | libc::ENOENT | libc::ENODEV)), "{refused:?}");
+    }
     no_devices();
 }
 

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use disk::cycle::{nothing_is_left_by, ram, write_and_read};
+use disk::kernel::lacks;
 use disk::{Client, Held, Ram, SOON, devices, eventually, no_devices};
-use ublk_core::control::Control;
+use ublk_core::control::{Control, Features};
 use ublk_core::targets::Null;
-use ublk_core::{Builder, Error, ErrorKind, Running, Workers};
+use ublk_core::{Builder, Capabilities, Error, ErrorKind, QueueContext, Request, Running, Workers};
 
 const MIB: u64 = 1 << 20;
 
@@ -205,5 +206,49 @@ fn idle_devices_take_little_memory() {
     println!("one more idle disk of depth 128 takes {} KiB", each >> 10);
     assert!(each < 96 << 10, "{each} bytes for a disk that nobody uses");
     drop(disks);
+    no_devices();
+}
+
+/// Sets how much address space this process may have; more than that is not mapped. Returns what it was.
+fn limit_address_space(bytes: u64) -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the struct is writable, and readable afterwards.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_AS, &raw mut limit), 0);
+        let before = std::mem::replace(&mut limit.rlim_cur, bytes);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_AS, &raw const limit), 0);
+        before
+    }
+}
+
+#[test]
+fn a_queue_that_a_shared_worker_has_no_memory_for_does_not_keep_its_device() {
+    if lacks(Features::BATCH_IO) {
+        return;
+    }
+    let workers = Workers::new(1).unwrap();
+    let neighbour = ram().workers(&workers).start().unwrap();
+    let usual = AtomicU64::new(0);
+    let batched = Builder::with_handlers(MIB, Capabilities::WRITE, move |queue| {
+        match queue {
+            // From here until the next queue's turn the worker does nothing but take this one.
+            0 => usual.store(limit_address_space(0), Ordering::SeqCst),
+            _ => {
+                limit_address_space(usual.load(Ordering::SeqCst));
+                panic!(
+                    "planted: what this one registers must not take the place of the first one's file"
+                );
+            }
+        }
+        |request: Request, _: &mut QueueContext<'_>| drop(request)
+    });
+    let e = batched.queues(2).require(Features::BATCH_IO).workers(&workers).start().unwrap_err();
+    assert!(
+        e.to_string().contains("give io_uring buffers") && e.to_string().contains("ENOMEM"),
+        "{e}"
+    );
+    assert_eq!(devices(), [neighbour.id()], "the start has deleted its device");
+    write_and_read(&neighbour);
+    neighbour.stop(SOON).unwrap();
     no_devices();
 }

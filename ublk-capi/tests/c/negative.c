@@ -511,6 +511,18 @@ static void destroyed_once(void) {
     long id = (long)ublk_rs_device_id(device);
     int code = ublk_rs_device_halt(device, (uint64_t)(20000 * scale()), error);
     if (code == 0) {
+        char node[32];
+        snprintf(node, sizeof node, "/dev/ublkc%ld", id);
+        WORKS(ublk_rs_device_set_number(device, "workers_per_queue", 2, error));
+        WORKS(ublk_rs_device_set(device, "data_path", "user-copy", error));
+        EQUAL(ublk_rs_device_start(device, error), -EOPNOTSUPP);
+        CHECK(strstr(ublk_rs_error_message(error), "USER_COPY") != NULL);
+        WORKS(ublk_rs_device_set(device, "data_path", "auto", error));
+        WORKS(ublk_rs_device_set_number(device, "workers_per_queue", 1000, error));
+        EQUAL(ublk_rs_device_start(device, error), -EINVAL);
+        EQUAL(ublk_rs_device_recover(device, (uint32_t)id, error), -EBADFD);
+        EQUAL(access(node, F_OK), 0); /* it is not what is described, and waits */
+        WORKS(ublk_rs_device_set_number(device, "workers_per_queue", 1, error));
         WORKS(ublk_rs_device_set_number(device, "size", 2 * SIZE, error));
         WORKS(ublk_rs_device_start(device, error));
         EQUAL(ublk_rs_device_id(device), id);

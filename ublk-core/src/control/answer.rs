@@ -1,13 +1,45 @@
 //! What the driver's errnos mean, command by command.
 
+use super::features::Features;
 use crate::error::{Errno, Error, ErrorKind};
 use crate::uring::sqe::ControlCommand;
 
-/// The error that an errno of the kernel stands for. `device` is the id that was asked for, if any.
-pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) -> Error {
+/// The feature by which a driver says that it knows a command.
+fn announced_by(command: ControlCommand) -> Option<Features> {
+    use ControlCommand as C;
+    Some(match command {
+        C::StartUserRecovery | C::EndUserRecovery => Features::USER_RECOVERY,
+        C::UpdateSize => Features::UPDATE_SIZE,
+        C::QuiesceDev => Features::QUIESCE,
+        C::TryStopDev => Features::SAFE_STOP_DEV,
+        C::RegBuf | C::UnregBuf => Features::SHMEM_ZC,
+        _ => return None,
+    })
+}
+
+/// The Linux version that brought a command; none for those that were always there.
+fn since(command: ControlCommand) -> Option<&'static str> {
+    match command {
+        ControlCommand::GetDevInfo2 => Some("6.3"),
+        ControlCommand::GetFeatures => Some("6.5"),
+        // Nothing announces it.
+        ControlCommand::DelDevAsync => Some("6.9"),
+        _ => announced_by(command)?.since(),
+    }
+}
+
+/// The error that an errno of the kernel stands for. `device` is the id that was asked for, if any; `driver` is what
+/// the driver says of itself.
+pub(crate) fn error(
+    command: ControlCommand,
+    device: Option<u32>,
+    errno: Errno,
+    driver: Option<Features>,
+) -> Error {
     use ControlCommand as C;
     use ErrorKind as K;
     let of = |kind, cause: &'static str| Error::new(kind, command.verb()).because(cause);
+    let known = announced_by(command).is_some_and(|f| driver.is_some_and(|d| d.contains(f)));
     let error = match (errno, command) {
         (Errno::EEXIST, C::AddDev) => of(K::IdTaken, "another device has this id")
             .remedy_is("delete that device, or let the kernel choose an id"),
@@ -52,9 +84,13 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
             "the former server is not gone, or the driver has not finished with it",
         )
         .remedy_is("wait until the former server has ended"),
-        (Errno::EINVAL, C::StartUserRecovery | C::EndUserRecovery) => {
+        (Errno::EINVAL, C::StartUserRecovery) => {
             of(K::WrongState, "the device was added without USER_RECOVERY, or never served")
         }
+        (Errno::EINVAL, C::EndUserRecovery) => of(
+            K::InvalidParameter,
+            "/dev/ublkcN was opened by another process than the one named",
+        ),
         (Errno::EBUSY, C::EndUserRecovery) => of(K::WrongState, "the device is not being recovered"),
         (Errno::EBUSY, C::TryStopDev) => of(K::Busy, "somebody has the disk open"),
         (Errno::ENODEV, C::TryStopDev | C::UpdateSize | C::QuiesceDev) => {
@@ -68,12 +104,18 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         (Errno::ENODEV, C::GetFeatures) | (Errno::EOPNOTSUPP, C::GetFeatures) => {
             of(K::Unsupported, "the driver cannot say what it supports (since Linux 6.5)")
         }
-        (Errno::EOPNOTSUPP, C::RegBuf | C::UnregBuf) => {
+        (Errno::EOPNOTSUPP, C::RegBuf | C::UnregBuf) if known => {
             of(K::Unsupported, "the device was added without SHMEM_ZC")
         }
-        (Errno::EOPNOTSUPP, C::QuiesceDev) => {
-            of(K::Unsupported, "the device was added without QUIESCE, or the driver does not know it")
+        (Errno::EOPNOTSUPP, C::QuiesceDev) if known => {
+            of(K::Unsupported, "the device was added without QUIESCE")
         }
+        (Errno::EEXIST, C::RegBuf) => of(K::Io, "a part of the memory is registered already")
+            .remedy_is("unregister it first; a former server of the disk may have left it"),
+        (Errno::EFAULT, C::RegBuf) => {
+            of(K::Io, "not all of it is mapped, or it is not writable")
+        }
+        (Errno::ENOENT, C::UnregBuf) => of(K::Io, "no buffer has this index"),
         (Errno::ENODEV, _) => of(K::NoSuchDevice, "no device has this id"),
         (Errno::EPERM, _) => {
             of(K::PermissionDenied, "the device belongs to privileged users, or its path is another node's")
@@ -86,7 +128,11 @@ pub(crate) fn error(command: ControlCommand, device: Option<u32>, errno: Errno) 
         )
         .remedy_is(NO_UDEV_RULES),
         (Errno::EBUSY, _) => of(K::Busy, "the device is in use"),
-        (Errno::EOPNOTSUPP, _) => of(K::Unsupported, "the driver does not know this command"),
+        (Errno::EOPNOTSUPP, _) => {
+            let since = since(command).map(|since| format!(" (since Linux {since})"));
+            let cause = format!("the driver does not know this command{}", since.unwrap_or_default());
+            Error::new(K::Unsupported, command.verb()).because(cause)
+        }
         (Errno::ENOMEM, _) => of(K::TooMany, "the kernel has no memory for it"),
         (Errno::EINVAL, _) => of(K::InvalidParameter, "the driver refuses an argument"),
         (Errno::EINTR | Errno::ECANCELED, _) => {
@@ -140,9 +186,37 @@ mod tests {
             (C::SetParams, Errno::EACCES, K::WrongState),
             (C::UpdateSize, Errno::EOPNOTSUPP, K::Unsupported),
         ] {
-            let e = error(command, Some(4), errno);
+            let e = error(command, Some(4), errno, Some(Features::known()));
             assert_eq!((e.kind(), e.errno(), e.device()), (kind, Some(errno), Some(4)));
             assert!(e.cause().is_some());
+        }
+    }
+
+    #[test]
+    fn a_command_that_the_driver_does_not_know_is_named_with_its_version() {
+        use ControlCommand as C;
+        const LINUX_6_12: Features = Features::from_bits(0x1fe);
+        for (command, words) in [
+            (C::UpdateSize, "since Linux 6.16"),
+            (C::QuiesceDev, "since Linux 6.16"),
+            (C::TryStopDev, "since Linux 7.0"),
+            (C::RegBuf, "since Linux 7.1"),
+            (C::UnregBuf, "since Linux 7.1"),
+            (C::DelDevAsync, "since Linux 6.9"),
+            (C::GetDevInfo2, "since Linux 6.3"),
+        ] {
+            for driver in [Some(LINUX_6_12), None] {
+                let e = error(command, Some(4), Errno::EOPNOTSUPP, driver);
+                assert_eq!(e.kind(), ErrorKind::Unsupported);
+                let text = e.to_string();
+                assert!(text.contains(words) && text.contains("does not know"), "{text}");
+            }
+        }
+        for (command, words) in
+            [(C::RegBuf, "without SHMEM_ZC"), (C::QuiesceDev, "without QUIESCE")]
+        {
+            let e = error(command, Some(4), Errno::EOPNOTSUPP, Some(Features::known()));
+            assert!(e.to_string().contains(words), "{e}");
         }
     }
 }

@@ -1,13 +1,16 @@
 //! Every control command as one function.
 
 use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::features::Features;
 use super::info::{AddDevice, DeviceInfo};
+use super::node::{self, Places};
 use super::params::DeviceParams;
-use super::pool::{Answer, Work};
+use super::pool::{Answer, Heard, Undo, Work};
 use super::wait::Wait;
-use super::{Control, CpuSet, Inner, answer, holders, params_wire};
+use super::{Control, CpuSet, Encoding, Inner, answer, holders, params_wire, rules};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::uapi::bytes::{bytes_of, from_prefix};
 use crate::uapi::{
@@ -18,6 +21,9 @@ use crate::uring::sqe::ControlCommand as C;
 /// Bytes of the CPU bitmap that GET_QUEUE_AFFINITY fills: the kernel's largest NR_CPUS is 8192.
 const CPU_BYTES: usize = 8192 / 8;
 
+/// Makes what takes a success back.
+type UndoCall = Box<dyn FnOnce(&Answer, Sender) -> Work + Send>;
+
 /// A command about one device.
 struct Call {
     command: C,
@@ -25,11 +31,14 @@ struct Call {
     data: u64,
     payload: Vec<u8>,
     with_path: bool,
+    heard: Option<Heard>,
+    undo: Option<UndoCall>,
 }
 
 impl Call {
     fn new(command: C, id: u32) -> Self {
-        Call { command, id, data: 0, payload: Vec::new(), with_path: false }
+        let payload = Vec::new();
+        Call { command, id, data: 0, payload, with_path: false, heard: None, undo: None }
     }
 
     fn data(mut self, data: u64) -> Self {
@@ -46,10 +55,34 @@ impl Call {
         self.with_path = true;
         self
     }
+
+    /// Has somebody hear of a success on the control thread, whether or not its caller still waits.
+    fn heard(mut self, heard: impl FnOnce(u32) + Send + 'static) -> Self {
+        self.heard = Some(Box::new(|answer| {
+            if let Ok(result) = u32::try_from(answer.result) {
+                heard(result);
+            }
+        }));
+        self
+    }
+
+    /// What takes a success back whose caller has given up.
+    fn undone_by(mut self, undo: impl FnOnce(&Answer, Sender) -> Work + Send + 'static) -> Self {
+        self.undo = Some(Box::new(undo));
+        self
+    }
 }
 
-impl Inner {
-    fn work(&self, call: Call) -> Work {
+/// What makes a command of a call.
+struct Sender {
+    places: Places,
+    encoding: Encoding,
+    /// As the call that is undone.
+    with_path: bool,
+}
+
+impl Sender {
+    fn work(self, call: Call) -> Work {
         let mut header = ublksrv_ctrl_cmd {
             dev_id: call.id,
             queue_id: u16::MAX,
@@ -63,7 +96,16 @@ impl Inner {
             header.dev_path_len = memory.len() as u16;
         }
         memory.extend_from_slice(&call.payload);
-        Work { command: call.command, encoding: self.encoding, header, memory }
+        let encoding = self.encoding;
+        let undo = call.undo.map(|undo| -> Undo { Box::new(|answer| undo(answer, self)) });
+        Work { command: call.command, encoding, header, memory, heard: call.heard, undo }
+    }
+}
+
+impl Inner {
+    fn work(&self, call: Call) -> Work {
+        let (places, encoding) = (self.places.clone(), self.encoding);
+        Sender { places, encoding, with_path: call.with_path }.work(call)
     }
 
     /// The kernel's answer, its errno made an error; the memory is the payload alone.
@@ -74,7 +116,7 @@ impl Inner {
         let mut answer = self.pool.run(work, wait)?;
         if let Some(errno) = Errno::from_result(answer.result) {
             let device = (command != C::GetFeatures && id != u32::MAX).then_some(id);
-            return Err(answer::error(command, device, errno));
+            return Err(answer::error(command, device, errno, self.features));
         }
         answer.memory.drain(..path_len);
         Ok(answer)
@@ -114,6 +156,20 @@ pub(super) fn ask_features(inner: &Inner) -> Result<Features> {
     Ok(Features::from_bits(from_prefix(&answer.memory)))
 }
 
+/// The deletion of a device that nobody waits for any more. An unprivileged one first has to be given to its owner by
+/// udev: until then the driver takes no command about it.
+fn undo_add(answer: &Answer, sender: Sender) -> Work {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let info: ublksrv_ctrl_dev_info = from_prefix(&answer.memory);
+    let mut call = Call::new(C::DelDev, info.dev_id);
+    call.with_path = Features::from_bits(info.flags).contains(Features::UNPRIVILEGED_DEV);
+    if call.with_path {
+        // Who may open it may delete it. If that does not come to be, the deletion says what is missing.
+        let _ = node::open_char_device(&sender.places, call.id, &Wait::for_(PATIENCE));
+    }
+    sender.work(call)
+}
+
 /// Commands. Where no [`Wait`] is taken, the wait is bounded by
 /// [`ControlOptions::patience`](super::ControlOptions::patience).
 ///
@@ -145,7 +201,7 @@ impl Control {
         request.check()?;
         let asked = request.features.negotiate(self.0.features)?;
         let info = request.to_uapi(asked);
-        let call = Call::new(C::AddDev, info.dev_id).payload(bytes_of(&info));
+        let call = Call::new(C::AddDev, info.dev_id).payload(bytes_of(&info)).undone_by(undo_add);
         let answer = self.0.call_soon(call)?;
         let granted = DeviceInfo::from_uapi(&from_prefix(&answer.memory));
         if let Err(e) = request.features.check(granted.features) {
@@ -193,7 +249,19 @@ impl Control {
     /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open,
     /// [`ErrorKind::InvalidParameter`] without parameters or with the wrong process.
     pub fn start_dev(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
-        self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait).map(drop)
+        rules::server(C::StartDev, id, server_pid)?;
+        // What cannot be asked for is left to the driver to refuse.
+        if let Ok(params) = self.get_raw_params(id) {
+            rules::startable(id, &params)?;
+        }
+        let started = self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait);
+        started.map(drop).map_err(|e| match e.errno() {
+            Some(errno @ (Errno::EEXIST | Errno::EINVAL)) => match self.get_raw_info(id) {
+                Ok(info) => rules::not_started(e, errno, server_pid, &info),
+                Err(_) => e,
+            },
+            _ => e,
+        })
     }
 
     /// STOP_DEV: removes `/dev/ublkbN` once its requests and its writeback are done, and ends the
@@ -321,6 +389,9 @@ impl Control {
     /// [`ErrorKind::Busy`] while the former server, or a process that it forked, has `/dev/ublkcN`
     /// open, [`ErrorKind::WrongState`] if the device cannot be recovered.
     pub fn start_user_recovery(&self, id: u32) -> Result<()> {
+        if let Ok(info) = self.get_raw_info(id) {
+            rules::recoverable(C::StartUserRecovery, &info)?;
+        }
         self.0.call_device_soon(Call::new(C::StartUserRecovery, id)).map(drop)
     }
 
@@ -329,11 +400,15 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::WrongState`] if the device is not being recovered.
+    /// [`ErrorKind::WrongState`] if the device is not being recovered, [`ErrorKind::InvalidParameter`] with the wrong
+    /// process.
     pub fn end_user_recovery(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
-        self.0
-            .call_device(Call::new(C::EndUserRecovery, id).data(server_pid as u64), wait)
-            .map(drop)
+        rules::server(C::EndUserRecovery, id, server_pid)?;
+        if let Ok(info) = self.get_raw_info(id) {
+            rules::recoverable(C::EndUserRecovery, &info)?;
+        }
+        let call = Call::new(C::EndUserRecovery, id).data(server_pid as u64);
+        self.0.call_device(call, wait).map(drop)
     }
 
     /// UPDATE_SIZE: resizes a live disk, in bytes. The driver does not compare the size with the
@@ -380,7 +455,7 @@ impl Control {
         }
         match self.get_raw_info(id) {
             Err(e) if e.kind() == ErrorKind::NoSuchDevice => {
-                answer::error(C::GetDevInfo, Some(id), Errno::ENODEV)
+                answer::error(C::GetDevInfo, Some(id), Errno::ENODEV, self.0.features)
             }
             _ => error,
         }
@@ -390,17 +465,53 @@ impl Control {
     /// Returns the buffer's index. The driver freezes the disk for this: not from a thread that
     /// serves it.
     ///
+    /// A registration that comes to be after its deadline is undone.
+    ///
     /// # Safety
     ///
     /// `buffer` names memory that stays mapped until it is unregistered or the device is gone, and
-    /// that tolerates being written by clients of the disk at any time.
+    /// that tolerates being written by clients of the disk at any time. If the wait ends first, it stays so until
+    /// [`outstanding`](Self::outstanding) does not list the command any more.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that
-    /// is not whole pages.
+    /// is not whole pages, of at most 4 GiB in all, and for flags other than
+    /// [`UBLK_SHMEM_BUF_READ_ONLY`](crate::uapi::UBLK_SHMEM_BUF_READ_ONLY), [`ErrorKind::Io`] with `EEXIST` if a part of
+    /// it is registered already.
     pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
-        let answer = self.0.call_device_soon(Call::new(C::RegBuf, id).payload(bytes_of(buffer)))?;
+        struct Nobody;
+        impl Registrar for Nobody {
+            fn registered(&self, _: u32) {}
+            fn unregistered(&self, _: u32) {}
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.reg_buf_for(id, buffer, Nobody) }
+    }
+
+    /// As [`reg_buf`](Self::reg_buf), with somebody who keeps the books, on the control thread.
+    ///
+    /// # Safety
+    ///
+    /// As [`reg_buf`](Self::reg_buf). It may be `registrar` that keeps the memory mapped while the command is under way:
+    /// it is dropped when the driver has answered.
+    pub(crate) unsafe fn reg_buf_for(
+        &self,
+        id: u32,
+        buffer: &ublk_shmem_buf_reg,
+        registrar: impl Registrar + 'static,
+    ) -> Result<u32> {
+        rules::shareable(id, buffer)?;
+        let registrar = Arc::new(registrar);
+        let theirs = Arc::clone(&registrar);
+        let call = Call::new(C::RegBuf, id).payload(bytes_of(buffer));
+        let call = call.heard(move |index| registrar.registered(index));
+        let answer = self.0.call_device_soon(call.undone_by(move |answer, sender| {
+            let index = answer.result.unsigned_abs();
+            let mut call = Call::new(C::UnregBuf, id).data(index.into());
+            call.with_path = sender.with_path;
+            sender.work(call.heard(move |_| theirs.unregistered(index)))
+        }))?;
         Ok(answer.result as u32)
     }
 
@@ -409,9 +520,35 @@ impl Control {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::Io`] with `ENOENT` for an unknown
-    /// index.
+    /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for an index above 65,535,
+    /// [`ErrorKind::Io`] with `ENOENT` for an unknown one.
     pub fn unreg_buf(&self, id: u32, index: u32) -> Result<()> {
-        self.0.call_device_soon(Call::new(C::UnregBuf, id).data(index.into())).map(drop)
+        self.unreg_buf_for(id, index, &Wait::for_(self.0.patience), || {})
     }
+
+    /// As [`unreg_buf`](Self::unreg_buf), with somebody who hears of it on the control thread.
+    pub(crate) fn unreg_buf_for(
+        &self,
+        id: u32,
+        index: u32,
+        wait: &Wait,
+        unregistered: impl FnOnce() + Send + 'static,
+    ) -> Result<()> {
+        rules::index(id, index)?;
+        let call = Call::new(C::UnregBuf, id).data(index.into()).heard(|_| unregistered());
+        self.0.call_device(call, wait).map(drop)
+    }
+
+    /// How long commands without a [`Wait`] are waited for.
+    pub(crate) fn patience(&self) -> Duration {
+        self.0.patience
+    }
+}
+
+/// Who keeps the books of a registration: hears of what the driver has done before the caller does, and also if that one
+/// has given up.
+pub(crate) trait Registrar: Send + Sync {
+    fn registered(&self, index: u32);
+    /// It was undone.
+    fn unregistered(&self, index: u32);
 }

@@ -30,6 +30,7 @@ mod params;
 mod params_integrity;
 mod params_wire;
 mod pool;
+mod rules;
 pub(crate) mod wait;
 
 use std::path::PathBuf;
@@ -37,6 +38,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use answer::NO_UDEV_RULES;
+pub(crate) use commands::Registrar;
 
 pub use crate::uring::sqe::{ControlCommand, Encoding};
 pub use cpus::CpuSet;

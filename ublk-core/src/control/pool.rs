@@ -20,8 +20,7 @@ use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::sys::event::Event;
 use crate::sys::fork::{self, OwnFd};
 use crate::sys::thread;
-use crate::uapi::bytes::from_prefix;
-use crate::uapi::{ublksrv_ctrl_cmd, ublksrv_ctrl_dev_info};
+use crate::uapi::ublksrv_ctrl_cmd;
 use crate::uring::control_ring::{ControlRing, Turn};
 use crate::uring::sqe::{ControlCommand, Encoding};
 
@@ -37,7 +36,14 @@ pub(crate) struct Work {
     pub(crate) header: ublksrv_ctrl_cmd,
     /// What the header's address names: a path, if any, then the payload.
     pub(crate) memory: Vec<u8>,
+    /// Hears of the answer on the control thread: before whoever waits for it, and also if nobody does any more.
+    pub(crate) heard: Option<Heard>,
+    /// Takes the effect back if the command succeeds after its caller has given up.
+    pub(crate) undo: Option<Undo>,
 }
+
+pub(crate) type Heard = Box<dyn FnOnce(&Answer) + Send>;
+pub(crate) type Undo = Box<dyn FnOnce(&Answer) -> Work + Send>;
 
 /// What the kernel answered: a result of at least 0 or a negated errno, and the memory.
 pub(crate) struct Answer {
@@ -96,7 +102,10 @@ struct Job {
 struct JobState {
     phase: Phase,
     cancel: bool,
+    /// The caller has gone: nobody takes the answer.
     abandoned: bool,
+    /// The kernel has answered a caller that was there, who takes the answer even if its wait is over by now.
+    answered: bool,
 }
 
 enum Phase {
@@ -152,6 +161,7 @@ impl Pool {
                 phase: Phase::Queued(work),
                 cancel: false,
                 abandoned: false,
+                answered: false,
             }),
             changed: Condvar::new(),
         });
@@ -255,18 +265,21 @@ impl Shared {
         }
     }
 
-    fn execute(&self, job: &Job, ring: &mut ControlRing, work: Work) -> Result<Answer> {
-        let encoding = work.encoding;
+    fn execute(&self, job: &Job, ring: &mut ControlRing, mut work: Work) -> Result<Answer> {
+        let undo = work.undo.take();
         let answer = self.drive(Some(job), ring, work)?;
-        if job.command == ControlCommand::AddDev && answer.result >= 0 && job.is_abandoned() {
-            self.undo_add(ring, encoding, &answer.memory);
+        if !job.is_awaited() && answer.result >= 0 {
+            // What came to be after its caller had given up belongs to nobody.
+            if let Some(undo) = undo {
+                self.undo(job, ring, undo(&answer));
+            }
         }
         Ok(answer)
     }
 
     /// Hands a command to the kernel and waits until it comes back.
     fn drive(&self, job: Option<&Job>, ring: &mut ControlRing, work: Work) -> Result<Answer> {
-        let Work { command, encoding, header, memory } = work;
+        let Work { command, encoding, header, memory, heard, .. } = work;
         tracing::trace!(?command, device = header.dev_id, "submit");
         ring.start(self.control.as_raw_fd(), command, encoding, header, memory);
         let mut cancelled = false;
@@ -274,7 +287,11 @@ impl Shared {
             match ring.wait()? {
                 Turn::Done(result, memory) => {
                     tracing::debug!(?command, device = header.dev_id, result, "control command");
-                    return Ok(Answer { result, memory });
+                    let answer = Answer { result, memory };
+                    if let Some(heard) = heard {
+                        heard(&answer);
+                    }
+                    return Ok(answer);
                 }
                 Turn::Woken => {
                     if !cancelled && job.is_some_and(Job::is_cancelled) {
@@ -286,17 +303,18 @@ impl Shared {
         }
     }
 
-    /// A device that came to be after its caller had given up belongs to nobody.
-    fn undo_add(&self, ring: &mut ControlRing, encoding: Encoding, memory: &[u8]) {
-        let info: ublksrv_ctrl_dev_info = from_prefix(memory);
-        tracing::warn!(device = info.dev_id, "deleting a device that was added after its deadline");
-        let header =
-            ublksrv_ctrl_cmd { dev_id: info.dev_id, queue_id: u16::MAX, ..Default::default() };
-        let work = Work { command: ControlCommand::DelDev, encoding, header, memory: Vec::new() };
+    fn undo(&self, job: &Job, ring: &mut ControlRing, work: Work) {
+        let (device, late, undo) = (work.header.dev_id, job.command, work.command);
+        tracing::warn!(
+            device,
+            ?late,
+            ?undo,
+            "a command succeeded after its deadline: it is undone"
+        );
         match self.drive(None, ring, work) {
             Ok(answer) if answer.result >= 0 => {}
-            Ok(answer) => tracing::error!(device = info.dev_id, answer.result, "cannot delete it"),
-            Err(e) => tracing::error!(device = info.dev_id, "cannot delete it: {e}"),
+            Ok(answer) => tracing::error!(device, ?undo, answer.result, "it cannot be undone"),
+            Err(e) => tracing::error!(device, ?undo, "it cannot be undone: {e}"),
         }
     }
 }
@@ -333,8 +351,12 @@ impl Job {
         lock(&self.state).cancel
     }
 
-    fn is_abandoned(&self) -> bool {
-        lock(&self.state).abandoned
+    /// The kernel has answered. Whether somebody waits for that, who then takes it, however late it is: decided
+    /// once, so that what the command did is either the caller's or undone.
+    fn is_awaited(&self) -> bool {
+        let mut state = lock(&self.state);
+        state.answered = !state.abandoned;
+        state.answered
     }
 
     fn outstanding(&self) -> Option<Outstanding> {
@@ -385,15 +407,16 @@ impl Job {
         }
     }
 
-    /// Sleeps until the job is done or `over` says so, in steps of at most `left`.
+    /// Sleeps until the job is done or `over` says so, in steps of at most `left`. What the kernel has answered is
+    /// done in a moment, and waited for.
     fn sleep_until<'a>(
         &'a self,
         mut state: MutexGuard<'a, JobState>,
         over: impl Fn(&JobState) -> bool,
         left: impl Fn() -> Option<Duration>,
     ) -> MutexGuard<'a, JobState> {
-        while !matches!(state.phase, Phase::Done(_)) && !over(&state) {
-            state = match left() {
+        while !matches!(state.phase, Phase::Done(_)) && (state.answered || !over(&state)) {
+            state = match left().filter(|_| !state.answered) {
                 Some(left) => {
                     self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0
                 }
@@ -466,6 +489,8 @@ mod tests {
             encoding: Encoding::Ioctl,
             header: ublksrv_ctrl_cmd { dev_id: 3, ..Default::default() },
             memory: vec![0; 64],
+            heard: None,
+            undo: None,
         }
     }
 
@@ -508,6 +533,35 @@ mod tests {
         let state = lock(&pool.shared.state);
         assert!(state.next_thread <= 8, "{} threads for 8 callers", state.next_thread);
         assert_eq!(state.available, state.threads.len());
+    }
+
+    fn running() -> Job {
+        let wake = Arc::new(Event::new().unwrap());
+        let phase = Phase::Running { since: Instant::now(), wake };
+        Job {
+            command: ControlCommand::RegBuf,
+            device: Some(3),
+            state: Mutex::new(JobState { phase, cancel: false, abandoned: false, answered: false }),
+            changed: Condvar::new(),
+        }
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no eventfd that blocks")]
+    fn what_a_command_did_is_its_callers_or_undone() {
+        let at_once = Wait::for_(Duration::ZERO);
+        let late = running();
+        assert_eq!(late.wait(&at_once).err().map(|e| e.kind()), Some(ErrorKind::TimedOut));
+        assert!(!late.is_awaited(), "to be undone");
+        let just_in_time = running();
+        assert!(just_in_time.is_awaited(), "to be taken");
+        std::thread::scope(|s| {
+            let caller = s.spawn(|| just_in_time.wait(&at_once).map(|answer| answer.result));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!caller.is_finished());
+            just_in_time.finish(Ok(Answer { result: 7, memory: Vec::new() }));
+            assert_eq!(caller.join().unwrap().unwrap(), 7);
+        });
     }
 
     #[test]

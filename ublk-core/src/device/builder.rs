@@ -446,6 +446,11 @@ impl Builder {
 
     /// The features that are asked for on any driver.
     pub(super) fn request(&self) -> FeatureRequest {
+        self.request_of(self.features.require.contains(Features::BATCH_IO))
+    }
+
+    /// The features that a device has to have which works in batches, or which does not.
+    pub(super) fn request_of(&self, batched: bool) -> FeatureRequest {
         let mut features = self.features;
         features.require |= self.data_path.features();
         if self.zoned.is_some() {
@@ -459,7 +464,7 @@ impl Builder {
         if self.descriptor_bytes != DESCRIPTOR {
             features.require |= Features::IO_DESC_SIZE;
         }
-        if self.workers_per_queue > 1 && !features.require.contains(Features::BATCH_IO) {
+        if self.workers_per_queue > 1 && !batched {
             features.require |= Features::PER_IO_DAEMON;
         }
         features.prefer = features.prefer & Features::known();
@@ -578,26 +583,11 @@ impl Builder {
             );
         }
         let lanes = self.workers_per_queue;
-        if lanes == 0 || lanes > self.params.build()?.queue_depth() {
-            return invalid(format!(
-                "{lanes} workers for each queue: there must be 1 to the queue depth, {}",
-                self.params.build()?.queue_depth()
-            ));
-        }
-        if lanes > 1 && self.features.require.contains(Features::BATCH_IO) {
-            if self.workers.is_some() {
-                return invalid(
-                    "a pool's workers cannot share a queue that works in batches".into(),
-                );
-            }
-            if self.data_path.is_copied_by_driver() {
-                return invalid(
-                    "several workers of a queue that works in batches need a data path on which the driver \
-                     does not copy: it copies before it is known which of them takes the request"
-                        .into(),
-                );
-            }
-        }
+        self.check_lanes(
+            self.params.build()?.queue_depth(),
+            self.features.require.contains(Features::BATCH_IO),
+            self.data_path,
+        )?;
         // The driver's queue of arrived tags is a `kfifo`, which has two places at least.
         let too_shallow = self.params.build()?.queue_depth() < 2;
         if too_shallow && self.features.require.contains(Features::BATCH_IO) {
@@ -655,7 +645,38 @@ impl Builder {
             && !features.forbid.intersects(best)
             && !self.misplaces_appends(features.require | features.prefer | best);
         let favourite = if wanted { best } else { Features::NONE };
+        if !wanted {
+            features = self.with_a_way_to_shared_memory(features)?;
+            add.features = features;
+        }
         Ok(Plan { params, add, favourite })
+    }
+
+    /// A server does not know the memory that a former one has shared with clients, and the driver does not copy what is
+    /// there: a disk that can be recovered needs another way to the data of its requests.
+    fn with_a_way_to_shared_memory(&self, mut features: FeatureRequest) -> Result<FeatureRequest> {
+        let both = Features::SHMEM_ZC | Features::USER_RECOVERY;
+        let asked = features.require | features.prefer;
+        if !asked.contains(both) || !DataPath::of(features.require).is_copied_by_driver() {
+            return Ok(features);
+        }
+        let other = DataPath::UserCopy.features();
+        if self.data_path == DataPath::Auto
+            && !features.forbid.intersects(other)
+            && !self.may_be_unprivileged()
+        {
+            features.require |= other;
+        } else if features.require.contains(Features::SHMEM_ZC) {
+            return Err(Error::new(ErrorKind::InvalidParameter, "describe the device")
+                .because(
+                    "SHMEM_ZC and USER_RECOVERY together exclude the data path copy: the driver does not copy what lies \
+                     in shared memory, and a server that recovers the disk does not know that memory",
+                )
+                .remedy_is("use user-copy, zero-copy or auto-buf-reg"));
+        } else {
+            features.prefer = features.prefer - Features::SHMEM_ZC;
+        }
+        Ok(features)
     }
 
     /// Checks what can be checked without the kernel. What makes or takes over a device does that by itself.

@@ -47,6 +47,12 @@ impl Life {
         let mut leftovers = Vec::new();
         self.remove_disk(wait, &mut leftovers);
         self.release(PATIENCE, &mut leftovers);
+        // Without a disk the driver waits for nobody.
+        if leftovers.is_empty()
+            && let Err(error) = self.unshare_all(Instant::now() + PATIENCE)
+        {
+            leftovers.push(error.to_string());
+        }
         let failure = self.failure();
         if failure.is_some() || !leftovers.is_empty() {
             let ending = if failure.is_some() { Ending::Failed } else { Ending::Stopped };

@@ -107,6 +107,9 @@ impl Life {
             }
             failure = self.failure();
             unanswered = self.requests_out();
+        } else if let Err(error) = self.unshare_before_reissue() {
+            self.resume();
+            return Err(error);
         }
         // From here on it is the next server's, also for handles that somebody keeps.
         self.lock().deleted = true;
@@ -158,6 +161,7 @@ impl Life {
                 )
             }));
         }
+        self.unshare_all(deadline.max(Instant::now() + PATIENCE))?;
         let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
         match self.control.quiesce_dev(self.info.id, IDLE_MS, &wait) {
             Ok(()) => {}
@@ -167,6 +171,17 @@ impl Life {
         }
         self.quiesce_until(deadline);
         Ok(())
+    }
+
+    /// What a backend has that does not answer goes to the next server, and with it the memory, of which that one
+    /// knows nothing and need not. But once the driver was asked to forget it, it has to come back from that before the
+    /// device is closed: it waits for requests, with the device's lock held.
+    fn unshare_before_reissue(&self) -> Result<()> {
+        let soon = Instant::now() + PATIENCE;
+        match self.wait_answered_requests(&Wait::until(soon)) {
+            true => self.unshare_all(soon + PATIENCE),
+            false => Ok(()),
+        }
     }
 
     /// Repeats QUIESCE until every tag is home, at least once.

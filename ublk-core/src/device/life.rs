@@ -74,6 +74,13 @@ impl State {
     pub(super) fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
+
+    /// The disk is there. Unless something has failed: whoever starts it cleans up then, and from now on the takedown.
+    fn go_live(&mut self) {
+        if self.phase == Phase::Starting && self.failure.is_none() {
+            self.phase = Phase::Live;
+        }
+    }
 }
 
 /// An error that more than one caller gets to see.
@@ -238,6 +245,20 @@ impl Life {
         )
     }
 
+    /// Ends the start. What fails before this is an error of it, what fails afterwards one of the live device: each is
+    /// seen to once.
+    pub(super) fn go_live(&self) -> Result<()> {
+        let starting = {
+            let mut state = self.lock();
+            state.go_live();
+            state.phase == Phase::Starting
+        };
+        match self.failure() {
+            Some(failure) if starting => Err(failure),
+            _ => Ok(()),
+        }
+    }
+
     /// Notes the first failure.
     pub(super) fn note_failure(&self, error: &Error) {
         let failure = Failure { kind: error.kind(), text: error.to_string() };
@@ -397,3 +418,38 @@ pub(super) fn from_now(time: Duration) -> Instant {
 
 /// How long steps may take that no user's code has a part in.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn starting(failure: Option<Failure>) -> State {
+        State {
+            phase: Phase::Starting,
+            fetched: 1,
+            refused: 0,
+            ended: 0,
+            lost: 0,
+            failure,
+            deleted: false,
+        }
+    }
+
+    #[test]
+    fn a_device_that_has_failed_never_goes_live() {
+        let failure = || Failure { kind: ErrorKind::WorkerDied, text: String::from("planted") };
+        let mut state = starting(Some(failure()));
+        state.go_live();
+        // So that who starts it undoes that, and no takedown deletes what was to be recovered.
+        assert_eq!(state.phase, Phase::Starting);
+        let mut state = starting(None);
+        state.go_live();
+        assert_eq!(state.phase, Phase::Live);
+        state.failure = Some(failure());
+        state.go_live();
+        assert_eq!(state.phase, Phase::Live);
+        state.phase = Phase::Ended(Ending::StoppedByOthers);
+        state.go_live();
+        assert_eq!(state.phase, Phase::Ended(Ending::StoppedByOthers));
+    }
+}

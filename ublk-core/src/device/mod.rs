@@ -3,6 +3,7 @@
 //! The drawing of it is in the crate's own documentation, where users find it.
 
 mod builder;
+mod granted;
 mod halt;
 mod handover;
 mod life;

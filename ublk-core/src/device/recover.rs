@@ -92,6 +92,7 @@ impl Builder {
             false,
             char_device,
         );
+        life.warn_of_memory_that_nobody_knows();
         let rise = Rise { builder: &self, info: &life.info, way: Way::Recover };
         match rise.bring_up(&life, deadline) {
             Ok(()) => Ok(Running::new(life, self)),
@@ -111,12 +112,7 @@ impl Builder {
             return Err(Error::new(ErrorKind::Unsupported, ATTEMPT)
                 .because(format!("the device has {alien}, which this library cannot serve")));
         }
-        self.request().check(info.features)?;
-        if self.misplaces_appends(info.features) {
-            return Err(Error::new(ErrorKind::Unsupported, ATTEMPT).because(
-                "with BATCH_IO and AUTO_BUF_REG the driver tells clients wrong places of appends",
-            ));
-        }
+        self.serves(info)?;
         if info.server_flags != self.fingerprint && !self.force {
             return Err(Error::new(ErrorKind::InvalidParameter, ATTEMPT)
                 .because(format!(

@@ -247,7 +247,8 @@ impl Running {
     /// has the same number, features and fingerprint. In between [`Added::describe`] can give it another size,
     /// other block sizes or limits, or another backend.
     ///
-    /// Counters begin at zero again; handles of the device from before say [`Ending::Stopped`].
+    /// Counters begin at zero again; handles of the device from before say [`Ending::Stopped`]. Memory that was
+    /// [shared](Device::share) is shared no more.
     ///
     /// Somebody who opens the disk at the last moment loses it, on every driver: the command that looks and stops
     /// at once would keep the disk's users out of its next life, if they are not privileged.
@@ -295,6 +296,8 @@ impl Running {
     ///   answered goes to the next one, which may see again what was done already. The memory of the tags'
     ///   buffers then stays with this process, because the kernel does not say when it has finished with it.
     ///   Before Linux 6.16 a server that lives on would lose requests; there, end the process in place of this.
+    ///
+    /// Memory that was [shared](Device::share) with clients is shared no more, so that the next server can do that.
     ///
     /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
     /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business.

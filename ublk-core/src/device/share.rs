@@ -2,17 +2,16 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::life::{Life, Phase};
 use super::running::Device;
-use crate::control::Features;
+use crate::control::{Features, Wait};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::sys::memory::page_size;
-use crate::sys::shared_memory::{self, SharedMap};
+use crate::sys::shared_memory::{self, MOST, SharedMap};
 use crate::uapi::{self, ublk_shmem_buf_reg};
-
-/// The most bytes of one shared buffer (`UBLK_SHMEM_BUF_SIZE_MAX`).
-const MOST: u64 = 1 << 32;
+use crate::worker::path::DataPath;
 
 /// Memory in a file that a disk's clients and its server both map.
 ///
@@ -52,7 +51,8 @@ impl SharedBuffer {
     }
 
     /// As [`new`](Self::new), of the system's huge pages, which have to be reserved (`vm.nr_hugepages`); `bytes` is a
-    /// multiple of their size.
+    /// multiple of their size. For clients that are trusted: one that punches a hole in the file while no huge page is
+    /// free ends the process by the next access (`SIGBUS`).
     ///
     /// # Errors
     ///
@@ -161,16 +161,31 @@ impl Device {
     /// The memory stays locked until [`unshare`](Self::unshare) or the device's end. The disk stands still for a moment,
     /// until the requests that are out are answered.
     ///
+    /// # The next server
+    ///
+    /// Sharing ends with [`hand_over`](crate::Running::hand_over) and [`halt`](crate::Running::halt): whoever serves the
+    /// disk next shares its memory anew. Clients may go on with their direct I/O meanwhile; its data is copied.
+    ///
+    /// The driver knows the memory of a server that was killed for as long as the device lives. The server that
+    /// [recovers](crate::Builder::recover) the disk does not: to it requests in that memory are like any other, with the
+    /// data copied by the server or in registered pages. It ends that by [`unshare`](Self::unshare) with the number that the
+    /// former server was told, and only then can share the same memory (`EEXIST` before). So keep the numbers where the
+    /// next server finds them, beside the file. A disk whose data the driver copies
+    /// ([`DataPath::Copy`](crate::DataPath::Copy)) would have no other way to it: with both `SHMEM_ZC` and `USER_RECOVERY`
+    /// a builder refuses that path, and `Auto` is another.
+    ///
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] unless the device was granted [`SHMEM_ZC`](Features::SHMEM_ZC) (since Linux 7.1),
     /// [`ErrorKind::WrongState`] if it is ending, [`ErrorKind::WouldDeadlock`] on one of its own threads; `EEXIST` if a
-    /// part of the memory is shared already.
+    /// part of the memory is shared already; [`ErrorKind::TimedOut`] if the backend does not answer its requests within
+    /// [`ControlOptions::patience`](crate::control::ControlOptions::patience): the memory is not shared, then or later.
     pub fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
         self.life().share(buffer)
     }
 
-    /// Ends the sharing of the buffer with this number, once the requests that are out are answered.
+    /// Ends the sharing of the buffer with this number, which may be one that a [former server](Self::share) was told,
+    /// once the requests that are out are answered.
     ///
     /// # Errors
     ///
@@ -199,29 +214,93 @@ impl Life {
         Ok(())
     }
 
+    /// The driver has the disk stand still until every request is answered, on a thread of ours that cannot be called
+    /// back: so it is not asked while the backend keeps one.
+    fn wait_to_share(&self, wait: &Wait) -> Result<()> {
+        if self.wait_answered_requests(wait) {
+            return Ok(());
+        }
+        Err(self.failure().unwrap_or_else(|| {
+            Error::new(ErrorKind::TimedOut, ATTEMPT).on_device(self.info.id).because(
+                "the backend has not answered the requests that it had; the driver was not asked",
+            )
+        }))
+    }
+
     fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
         self.may_share()?;
+        self.wait_to_share(&Wait::for_(self.control.patience()))?;
         let (id, len) = (self.info.id, buffer.len());
         let Some(start) = buffer.map.range(0, buffer.map.len()) else {
             unreachable!("the whole is within")
         };
         let flags = if buffer.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 };
         let addr = start.as_ptr() as u64;
-        let registration = ublk_shmem_buf_reg { addr, len, flags, reserved: 0 };
-        self.shared.register(&buffer.map, || {
-            // SAFETY: the registry keeps the mapping from now on, and whoever looks at requests' data in it makes raw
-            // copies. Should the call fail after all the driver has pinned the pages by itself.
-            let number = unsafe { self.control.reg_buf(id, &registration) }?;
-            u16::try_from(number).map_err(|_| {
-                Error::new(ErrorKind::Io, ATTEMPT).on_device(id).with_errno(Errno::EOVERFLOW)
-            })
+        let memory = ublk_shmem_buf_reg { addr, len, flags, reserved: 0 };
+        let registration = self.shared.begin(&buffer.map);
+        // Who lets go of the device changes the phase first and then waits for registrations.
+        self.may_share()?;
+        // SAFETY: the registration keeps the mapping while the driver may look at it, and the registry from then on;
+        // whoever looks at requests' data in it makes raw copies.
+        let number = unsafe { self.control.reg_buf_for(id, &memory, registration) };
+        let number = number.map_err(|e| match e.errno() {
+            Some(Errno::EEXIST) => e.because("a part of the memory is shared already").remedy_is(
+                "unshare it first; what a former server of the disk has shared, under the number that it was told",
+            ),
+            _ => e,
+        })?;
+        u16::try_from(number).map_err(|_| {
+            Error::new(ErrorKind::Io, ATTEMPT).on_device(id).with_errno(Errno::EOVERFLOW)
         })
     }
 
     fn unshare(&self, number: u16) -> Result<()> {
         self.may_share()?;
-        self.control.unreg_buf(self.info.id, number.into())?;
-        self.shared.forget(number);
+        let wait = Wait::for_(self.control.patience());
+        self.wait_to_share(&wait)?;
+        self.unregister(number, &wait)
+    }
+
+    /// Also of a number that a former server was told.
+    fn unregister(&self, number: u16, wait: &Wait) -> Result<()> {
+        let (buffers, map) = (Arc::clone(&self.shared), self.shared.get(number));
+        self.control.unreg_buf_for(self.info.id, number.into(), wait, move || {
+            if let Some(map) = map {
+                buffers.forget(number, &map);
+            }
+        })
+    }
+
+    /// Has the driver forget all memory, which outlives a server otherwise: it would be another's business, who does not
+    /// know it. For one who has ended the phase in which memory is shared, and has seen that requests are answered.
+    pub(super) fn unshare_all(&self, deadline: Instant) -> Result<()> {
+        let late = || {
+            Error::new(ErrorKind::TimedOut, "end the sharing of memory")
+                .on_device(self.info.id)
+                .because("the driver waits for requests")
+        };
+        if !self.shared.wait_settled(deadline) {
+            return Err(late());
+        }
+        for number in self.shared.numbers() {
+            match self.unregister(number, &Wait::until(deadline)) {
+                Err(e) if e.errno() == Some(Errno::ENOENT) => {}
+                Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
+                done => done?,
+            }
+        }
         Ok(())
+    }
+
+    /// Says what a recovered disk cannot do any more, if it is one that this library would not have made.
+    pub(super) fn warn_of_memory_that_nobody_knows(&self) {
+        let features = self.info.features;
+        if features.contains(Features::SHMEM_ZC) && DataPath::of(features).is_copied_by_driver() {
+            self.warn(
+                "direct I/O from memory that a former server has shared fails, until it is unshared: the driver does \
+                 not copy its data, and this server does not know it"
+                    .into(),
+            );
+        }
     }
 }

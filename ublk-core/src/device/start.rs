@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use super::builder::{Builder, Plan};
 use super::halt;
-use super::life::{Life, PATIENCE, Phase, Queue, from_now};
+use super::life::{Life, PATIENCE, Queue, from_now};
 use super::running::Running;
 use super::unprivileged::{self, Seat};
 use crate::control::NO_UDEV_RULES;
@@ -67,6 +67,7 @@ impl Added {
         let mut guard = Delete { control, info, generation: fork::generation(), armed: true };
         let params = settled(&plan.params, &guard.info)?;
         guard.info.capacity = Some(params.capacity());
+        builder.serves(&guard.info).map_err(|e| e.on_device(guard.info.id))?;
         Ok(Added { builder, params, again: false, guard })
     }
 
@@ -87,12 +88,15 @@ impl Added {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`], the latter also for a feature that is
-    /// required and that the device has not got, or forbidden and that it has. The former description stays.
+    /// [`ErrorKind::InvalidParameter`] and [`ErrorKind::Unsupported`], as of a start. They are about what the device
+    /// has been granted: a feature that is required, or that the data path, the zones or the number of
+    /// workers need, and that the device has not got; one that is forbidden and that it has; several workers for each
+    /// queue of a device that has [`BATCH_IO`](Features::BATCH_IO) and whose data the driver copies. The former
+    /// description stays.
     pub fn describe(&mut self, builder: Builder) -> Result<()> {
         let at = |e: Error| e.on_device(self.guard.info.id);
         let plan = builder.plan().map_err(at)?;
-        builder.features.check(self.guard.info.features).map_err(at)?;
+        builder.serves(&self.guard.info).map_err(at)?;
         self.params = settled(&plan.params, &self.guard.info).map_err(at)?;
         self.guard.info.capacity = Some(self.params.capacity());
         self.builder = builder;
@@ -263,17 +267,10 @@ impl Rise<'_> {
             (Ok(()), None) => {}
         }
         self.wait_for_node(life, deadline)?;
-        let mut state = life.lock();
-        if state.phase == Phase::Starting {
-            state.phase = Phase::Live;
-        }
-        drop(state);
+        life.go_live()?;
         // Somebody may have stopped it in between.
         life.notice_end();
-        match life.failure() {
-            Some(failure) => Err(failure),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
     /// What each queue's worker needs.

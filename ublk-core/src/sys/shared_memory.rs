@@ -10,6 +10,9 @@ use std::ptr::NonNull;
 use super::fork;
 use crate::error::Errno;
 
+/// The most bytes of one shared buffer (`UBLK_SHMEM_BUF_SIZE_MAX`).
+pub(crate) const MOST: u64 = 1 << 32;
+
 pub(crate) struct SharedMap {
     start: NonNull<u8>,
     len: usize,

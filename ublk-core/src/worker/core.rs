@@ -216,8 +216,9 @@ impl Core {
     ///
     /// With [`ErrorKind::TooMany`] if the worker's tables are full, and what the kernel refuses.
     pub(crate) fn attach(&mut self, start: Start) -> Result<u32> {
-        let (device, queue, depth) = (start.device, start.queue, start.depth);
-        let fail = |e: Error| e.on_device(device).on_queue(queue);
+        let (device, number, depth) = (start.device, start.queue, start.depth);
+        let events = Arc::clone(&start.events);
+        let fail = |e: Error| e.on_device(device).on_queue(number);
         // One completion of a command and one of the operation behind it for each tag, and the bell.
         let limit = self.ring.completions();
         if self.admitted + u32::from(depth) > limit {
@@ -243,11 +244,20 @@ impl Core {
             }
         };
         let key = u32::try_from(key).unwrap_or(u32::MAX);
-        let commands = PerTag::new(queue, target, start.encoding, start.path);
+        let commands = PerTag::new(number, target, start.encoding, start.path);
         let batch = match start.batched {
-            true => Some(Batch::new(&self.ring, key, target, &start).map_err(|errno| {
-                fail(Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno))
-            })?),
+            true => match Batch::new(&self.ring, key, target, &start) {
+                Ok(batch) => Some(batch),
+                Err(errno) => {
+                    // Left in the table it would keep the device from being deleted.
+                    if let Some(file) = commands.file() {
+                        self.ring.unregister_file(file);
+                    }
+                    return Err(fail(
+                        Error::new(ErrorKind::Io, "give io_uring buffers").with_errno(errno),
+                    ));
+                }
+            },
             false => None,
         };
         let mut queue = Queue::new(key, commands, batch, first_index, start, &self.mailbox);
@@ -270,10 +280,11 @@ impl Core {
                 return Ok(key);
             }
         }
-        Err(fail(
-            Error::new(ErrorKind::TooMany, "submit the first fetch of every tag")
-                .because("the kernel has no memory for the commands"),
-        ))
+        // It is here and lets go of its tags as any other; so it is not refused, but has failed.
+        let error = Error::new(ErrorKind::TooMany, "submit the first fetch of every tag")
+            .because("the kernel has no memory for the commands");
+        events.failed(number, fail(error));
+        Ok(key)
     }
 
     /// How the commands of a queue name its device's file: by a registration, unless that would keep the
@@ -478,6 +489,8 @@ impl Core {
         if !self.bell_armed && !self.closing {
             self.arm_bell();
         }
+        // What waits for room in the submission queue may be the bell itself, or what ends what is waited for.
+        let want = if self.backlog.is_empty() { want } else { 0 };
         self.mailbox.enters.add(1);
         self.ring.enter(want)?;
         while let Some(entry) = self.backlog.front() {
@@ -777,28 +790,5 @@ impl Shared {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_survive_the_trip_through_the_kernel() {
-        for token in [
-            Token::Command { key: 0, tag: 0 },
-            Token::Command { key: u32::MAX, tag: u16::MAX },
-            Token::Command { key: 513, tag: 4095 },
-            Token::Bell,
-            Token::Operation(0),
-            Token::Operation(u32::MAX),
-            Token::Cancel,
-            Token::Idle,
-            Token::Register { key: 513, tag: 4095 },
-            Token::Unregister,
-            Token::Offer { key: 513 },
-            Token::Fetch { key: 513 },
-            Token::Commit { key: 513, index: 4095 },
-        ] {
-            assert_eq!(Token::decode(token.encode()), Some(token));
-        }
-        assert_eq!(Token::decode(0), None);
-    }
-}
+#[path = "core_tests.rs"]
+mod tests;

@@ -15,7 +15,8 @@ use crate::error::{Error, ErrorKind};
 #[non_exhaustive]
 pub enum DataPath {
     /// `AutoBufReg` for backends that declare [`FIXED_BUFFERS`](crate::Capabilities::FIXED_BUFFERS), where the kernel
-    /// has it and the process has its privilege; `Copy` for all others.
+    /// has it and the process has its privilege; `UserCopy` for other disks that share memory with clients and can be
+    /// recovered ([`Device::share`](crate::Device::share)); `Copy` for all others.
     #[default]
     Auto,
     /// The driver copies a write's data to the tag's buffer before the request arrives, and a read's from there

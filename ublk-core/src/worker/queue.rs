@@ -311,16 +311,19 @@ impl Queue {
                 self.start.meter.unregistered.add(1);
             }
         }
-        let shared = match desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 && op.has_data() {
-            true => self.start.shared.part_of(&desc, bytes),
+        let flagged = desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0;
+        // The driver has not brought the data of such a request.
+        let the_only_way = self.portal.is_none();
+        let shared = match flagged && op.has_data() {
+            true => self.start.shared.part_of(&desc, bytes, the_only_way),
             false => None,
         };
-        if shared.is_none() && desc.op_flags & uapi::UBLK_IO_F_SHMEM_ZC != 0 {
-            // The driver has not brought the data, and its place is unknown.
+        // Elsewhere it is a request like any other: what a former server knew of its memory is no loss.
+        if flagged && shared.is_none() && the_only_way {
             tracing::error!(
                 device = self.start.device,
                 tag,
-                "a request in shared memory that is unknown"
+                "a request in shared memory that is unknown: a former server's?"
             );
             return end(Errno::EIO);
         }

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use crate::control::Registrar;
 use crate::error::Errno;
 use crate::sys::shared_memory::SharedMap;
 use crate::uapi;
@@ -68,45 +69,88 @@ impl SharedBuffers {
         self.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the driver register a buffer, which answers with its number.
-    pub(crate) fn register<E>(
-        &self,
-        map: &Arc<SharedMap>,
-        command: impl FnOnce() -> Result<u16, E>,
-    ) -> Result<u16, E> {
+    /// A registration begins: until what this returns is gone, requests may come by it that is not noted yet. The driver
+    /// waits for requests meanwhile, which may be looking for their memory.
+    pub(crate) fn begin(self: &Arc<Self>, map: &Arc<SharedMap>) -> Registration {
         self.lock().under_way += 1;
-        // Not under the lock: the driver waits for requests, which may be looking for their memory.
-        let answer = command();
+        Registration { buffers: Arc::clone(self), map: Arc::clone(map) }
+    }
+
+    /// Waits until no registration is with the driver. False at the deadline.
+    pub(crate) fn wait_settled(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let settled = self.changed.wait_timeout_while(self.lock(), left, |r| r.under_way > 0);
+        settled.unwrap_or_else(PoisonError::into_inner).0.under_way == 0
+    }
+
+    /// The numbers of the buffers.
+    pub(crate) fn numbers(&self) -> Vec<u16> {
+        self.lock().maps.keys().copied().collect()
+    }
+
+    /// The buffer that has this number.
+    pub(crate) fn get(&self, number: u16) -> Option<Arc<SharedMap>> {
+        self.lock().maps.get(&number).map(Arc::clone)
+    }
+
+    /// The driver has forgotten a buffer. Its number may be another's by now, which stays.
+    pub(crate) fn forget(&self, number: u16, map: &Arc<SharedMap>) {
         let mut registered = self.lock();
-        registered.under_way -= 1;
-        if let Ok(number) = answer {
-            registered.maps.insert(number, Arc::clone(map));
+        if registered.maps.get(&number).is_some_and(|is| Arc::ptr_eq(is, map)) {
+            registered.maps.remove(&number);
         }
-        drop(registered);
-        self.changed.notify_all();
-        answer
     }
 
-    /// The driver has forgotten a buffer.
-    pub(crate) fn forget(&self, number: u16) {
-        self.lock().maps.remove(&number);
-    }
-
-    /// Where the data of a request with this descriptor is.
-    pub(crate) fn part_of(&self, desc: &uapi::ublksrv_io_desc, len: u64) -> Option<Part> {
+    /// Where the data of a request with this descriptor is. `None` if the memory is unknown: a former server's, or just
+    /// being registered, which is waited for if it is `the_only_way` to the data.
+    pub(crate) fn part_of(
+        &self,
+        desc: &uapi::ublksrv_io_desc,
+        len: u64,
+        the_only_way: bool,
+    ) -> Option<Part> {
         let number = uapi::ublk_shmem_zc_index(desc.addr);
         let at = u64::from(uapi::ublk_shmem_zc_offset(desc.addr));
         // The driver may be using a buffer whose number has not come back to us yet.
         let registered = self
             .changed
             .wait_timeout_while(self.lock(), PATIENCE, |r| {
-                !r.maps.contains_key(&number) && r.under_way > 0
+                the_only_way && !r.maps.contains_key(&number) && r.under_way > 0
             })
             .unwrap_or_else(PoisonError::into_inner)
             .0;
         let map = Arc::clone(registered.maps.get(&number)?);
         map.range(at, usize::try_from(len).ok()?)?;
         Some(Part { map, at })
+    }
+}
+
+/// A registration that is with the driver, and keeps its memory mapped.
+pub(crate) struct Registration {
+    buffers: Arc<SharedBuffers>,
+    map: Arc<SharedMap>,
+}
+
+impl Registrar for Registration {
+    fn registered(&self, index: u32) {
+        // The driver has no others.
+        if let Ok(number) = u16::try_from(index) {
+            self.buffers.lock().maps.insert(number, Arc::clone(&self.map));
+            self.buffers.changed.notify_all();
+        }
+    }
+
+    fn unregistered(&self, index: u32) {
+        if let Ok(number) = u16::try_from(index) {
+            self.buffers.forget(number, &self.map);
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.buffers.lock().under_way -= 1;
+        self.buffers.changed.notify_all();
     }
 }
 
@@ -128,23 +172,47 @@ mod tests {
         uapi::ublksrv_io_desc { addr, ..Default::default() }
     }
 
+    fn part(buffers: &SharedBuffers, number: u16, at: u32, len: u64) -> bool {
+        buffers.part_of(&desc(number, at), len, true).is_some()
+    }
+
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn a_request_waits_for_a_registration_that_is_under_way() {
-        let buffers = SharedBuffers::default();
-        assert!(buffers.part_of(&desc(3, 0), 512).is_none(), "nobody registers");
+        let buffers = Arc::new(SharedBuffers::default());
+        assert!(!part(&buffers, 3, 0, 512), "nobody registers");
+        let map = map();
+        let registration = buffers.begin(&map);
+        assert!(!buffers.wait_settled(Instant::now()));
+        let elsewhere = buffers.part_of(&desc(3, 4096), 4096, false);
+        assert!(elsewhere.is_none(), "who has another way to the data does not wait");
         std::thread::scope(|scope| {
-            let mut request = None;
-            let number = buffers.register(&map(), || {
-                request = Some(scope.spawn(|| buffers.part_of(&desc(3, 4096), 4096).is_some()));
-                Ok::<_, Errno>(3)
-            });
-            assert_eq!(number, Ok(3));
-            assert!(request.unwrap().join().unwrap());
+            let request = scope.spawn(|| part(&buffers, 3, 4096, 4096));
+            registration.registered(3);
+            assert!(request.join().unwrap());
         });
-        assert!(buffers.part_of(&desc(3, 4096), 4096).is_some());
-        assert!(buffers.part_of(&desc(3, 4096), 4097).is_none(), "past the end");
-        buffers.forget(3);
-        assert!(buffers.part_of(&desc(3, 0), 512).is_none());
+        drop(registration);
+        assert!(buffers.wait_settled(Instant::now()));
+        assert!(part(&buffers, 3, 4096, 4096));
+        assert!(!part(&buffers, 3, 4096, 4097), "past the end");
+        assert_eq!(buffers.numbers(), [3]);
+        buffers.forget(3, &map);
+        assert!(!part(&buffers, 3, 0, 512));
+    }
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no memfd")]
+    fn who_forgets_a_buffer_leaves_another_that_has_its_number_by_now() {
+        let buffers = Arc::new(SharedBuffers::default());
+        let (old, new) = (map(), map());
+        let late = buffers.begin(&old);
+        late.registered(0);
+        // The driver has taken the old one out, and a new one in, before the first of them was noted here.
+        buffers.begin(&new).registered(0);
+        buffers.forget(0, &old);
+        late.unregistered(0);
+        assert!(buffers.get(0).is_some_and(|map| Arc::ptr_eq(&map, &new)));
+        buffers.forget(0, &new);
+        assert!(buffers.get(0).is_none());
     }
 }

@@ -7,7 +7,7 @@ pub(crate) mod kernel;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -339,6 +339,11 @@ impl Server {
         rest
     }
 
+    /// Tells the child something, which it hears by [`order`].
+    pub(crate) fn order(&mut self, order: u8) {
+        self.child.stdin.as_mut().unwrap().write_all(&[order]).unwrap();
+    }
+
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
     }
@@ -364,6 +369,13 @@ impl Drop for Server {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// For a child: the next order of the parent.
+pub(crate) fn order() -> char {
+    let mut byte = [0];
+    io::stdin().read_exact(&mut byte).expect("the parent has gone");
+    char::from(byte[0])
 }
 
 /// For a child: the parent says when to go on.

@@ -1,4 +1,4 @@
-//! Clients that write stamped blocks and know which stamps a read may find.
+//! Clients that write stamped blocks, one or several with a request, and know which stamps a read may find.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,6 +10,8 @@ use crate::disk::{Client, bounded, eventually};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 16;
+/// Blocks of one request, in turn: up to 64 KiB.
+const LENGTHS: [usize; 4] = [1, 3, 16, 7];
 
 struct Shared {
     ended: AtomicBool,
@@ -34,30 +36,38 @@ fn stamp(data: &[u8]) -> u64 {
     stamp
 }
 
+/// Where request `n` begins, and its length, in blocks.
+fn extent(n: u64, step: u64) -> (usize, usize) {
+    let len = LENGTHS[n as usize % LENGTHS.len()];
+    ((n * step) as usize % (BLOCKS - len + 1), len)
+}
+
 impl Shared {
     fn run(&self, number: usize, client: &Client, start: u64) {
         // What was written to each block last, or may have been: a write that failed may have happened.
         let mut may: Vec<Vec<u64>> = vec![vec![0]; BLOCKS];
         let mut next = 1;
         while !self.ended.load(Ordering::Relaxed) {
-            let at = next as usize % BLOCKS;
-            let offset = start + (at * BLOCK) as u64;
+            let (at, len) = extent(next, 5);
             // Distinct from every other client's.
             let written = next << 8 | number as u64;
-            let write = client.write(offset, &block(written));
+            let write = client.write(start + (at * BLOCK) as u64, &block(written).repeat(len));
             next += 1;
             match &write {
                 Ok(n) => {
-                    assert_eq!(*n, BLOCK);
-                    may[at] = vec![written];
+                    assert_eq!(*n, len * BLOCK);
+                    may[at..at + len].fill(vec![written]);
                 }
-                Err(_) => may[at].push(written),
+                // Any part of it.
+                Err(_) => may[at..at + len].iter_mut().for_each(|may| may.push(written)),
             }
-            let read_at = (next as usize * 7) % BLOCKS;
-            let read = client.read(start + (read_at * BLOCK) as u64, BLOCK);
+            let (at, len) = extent(next, 7);
+            let read = client.read(start + (at * BLOCK) as u64, len * BLOCK);
             if let Ok(data) = &read {
-                let found = stamp(data);
-                assert!(may[read_at].contains(&found), "{found:#x}, not {:#x?}", may[read_at]);
+                for (data, may) in data.chunks(BLOCK).zip(&may[at..]) {
+                    let found = stamp(data);
+                    assert!(may.contains(&found), "{found:#x}, not {may:#x?}");
+                }
             }
             for result in [write.map(drop), read.map(drop)] {
                 match result {

@@ -676,8 +676,13 @@ class Device(_native.Leaving, Told):
         client writes to the memory while a request is in progress, ready-made backends see as it comes; Python ones
         get a copy.
 
+        `hand_over` and `halt` end it. The driver keeps what a killed server has shared; to the one that recovers the
+        disk requests in it are like others, and it can share the memory again once it has called `unshare` with the
+        number that the former one was told.
+
         Raises:
             OSError: The device has not the feature; a part of the memory is shared already (EEXIST).
+            TimeoutError: The backend does not answer the requests that it has.
             StateError: The device is not live, or the caller is a method of its backend.
 
         >>> import mmap, os, ublk
@@ -695,7 +700,8 @@ class Device(_native.Leaving, Told):
         return self._require_live("share memory").share(buffer)
 
     def unshare(self, number: int) -> None:
-        """Ends the sharing of the buffer with this number, once the requests that are out are answered.
+        """Ends the sharing of the buffer with this number, which may be one that a former server was told, once the
+        requests that are out are answered.
 
         Raises:
             OSError: There is none (ENOENT).
@@ -705,7 +711,7 @@ class Device(_native.Leaving, Told):
         >>> if "SHMEM_ZC" in (ublk.features() or ()):
         ...     with ublk.Device(ublk.Mem("1MiB"), require=["SHMEM_ZC"]) as dev:
         ...         dev.unshare(dev.share(ublk.SharedBuffer("1MiB")))
-        """
+        """  # noqa: D205
         self._check_loop("unshare")
         self._require_live("share memory").unshare(number)
 
