@@ -500,7 +500,7 @@ def test_raw_requests_are_completed_from_anywhere() -> None:
                 thread.join()
 
 
-def test_a_device_is_halted_and_started_again() -> None:  # noqa: PLR0915 - one life, in its order
+def test_a_device_is_halted_and_started_again() -> None:
     if not has("IO_DESC_SIZE"):
         with ublk.Device(Ram()) as device:
             # It goes on.
