@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ublk_vm import kernels
 from ublk_vm.layout import cache_dir
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def test_ends_well(guest):
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     data = json.loads((inner.path / "artifacts/summary.json").read_text())
     assert [t["outcome"] for t in data["tests"]].count("failed") == 5
+    assert list(data["releases"]) == ["7.3"]
+    assert kernels.series_of(data["releases"]["7.3"]) == "7.3"
 
 
 def test_a_dying_kernel_fails_its_test_alone(inner: pytest.Pytester) -> None:
