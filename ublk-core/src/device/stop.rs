@@ -135,8 +135,11 @@ impl Life {
             if !holders.is_empty() {
                 return Err(self.busy(holders));
             }
-            // Nobody waits for what is out: writeback, or what somebody left behind.
-            self.revoke();
+            // Nobody waits for what is out: writeback, or what somebody left behind. The disk goes on: it may turn out
+            // that somebody has it whom nothing shows.
+            for queue in self.queues() {
+                queue.worker.revoke_older(id, Duration::ZERO);
+            }
         }
         let watch = Watch::on(Path::new("/dev"));
         loop {

@@ -433,12 +433,12 @@ impl Queue {
         entries
     }
 
-    /// Takes the requests that are out for longer than `age` from their holders and answers them with EIO. The
-    /// queue goes on: each tag gets memory of its own.
+    /// Takes the requests that are out for longer than `age`, all with an age of zero, from their holders and answers them
+    /// with EIO. The queue goes on: each tag gets memory of its own.
     pub(crate) fn revoke_older(&mut self, age: Duration, now: Stamp) -> Overdue {
         let mut overdue = Overdue::default();
         for tag in 0..self.start.depth {
-            if self.start.meter.age(tag, now).is_none_or(|is| is < age) {
+            if !age.is_zero() && self.start.meter.age(tag, now).is_none_or(|is| is < age) {
                 continue;
             }
             let slot = Arc::clone(&self.slots[usize::from(tag)]);
