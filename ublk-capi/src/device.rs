@@ -346,7 +346,8 @@ impl Device {
 
     /// Calls the program for the requests that have come. `Err` if there are none and none will come any more.
     pub(crate) fn dispatch(&self, most: u32) -> std::result::Result<u32, ()> {
-        let (Some(inbox), Some(Source::Program(callbacks))) = (self.inbox.get(), self.source()) else {
+        let (Some(inbox), Some(Source::Program(callbacks))) = (self.inbox.get(), self.source())
+        else {
             return Err(());
         };
         let submitter = match callbacks.submits() {
