@@ -500,6 +500,20 @@ def test_raw_requests_are_completed_from_anywhere() -> None:
                 thread.join()
 
 
+def test_a_description_is_held_against_what_was_granted() -> None:
+    """The driver would copy to one worker's buffers what another one takes."""
+    needs("IO_DESC_SIZE")
+    with ublk.Device(Ram(), batch=True) as device:
+        device.halt()
+        device.describe(Ram(), workers_per_queue=2)
+        raised(ValueError, device.start, "the driver does not copy")
+        assert device.state == "halted"
+        device.describe(Ram())
+        device.start()
+        write(device.path, 0, b"y" * BLOCK)
+        assert read(device.path, 0) == b"y" * BLOCK
+
+
 def test_a_device_is_halted_and_started_again() -> None:
     if not has("IO_DESC_SIZE"):
         with ublk.Device(Ram()) as device:
@@ -544,16 +558,6 @@ def test_a_device_is_halted_and_started_again() -> None:
         gone(device)
         assert device.state == "stopped"
         raised(ublk.StateError, device.start)
-    # Nor what the driver granted: it would copy to one worker's buffers what another one takes.
-    with ublk.Device(Ram(), batch=True) as device:
-        device.halt()
-        device.describe(Ram(), workers_per_queue=2)
-        raised(ValueError, device.start, "the driver does not copy")
-        assert device.state == "halted"
-        device.describe(Ram())
-        device.start()
-        write(device.path, 0, b"y" * BLOCK)
-        assert read(device.path, 0) == b"y" * BLOCK
     # A device that is halted is deleted by a stop, and with its object.
     device = ublk.Device(Ram()).start()
     device.halt()
