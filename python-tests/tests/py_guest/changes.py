@@ -150,6 +150,20 @@ def test_a_ready_made_backend_is_not_asked_for_more_than_it_has() -> None:
             assert read(device.path, (1 << 40) - BLOCK) == bytes(BLOCK)
 
 
+def test_a_description_is_held_against_what_was_granted() -> None:
+    """The driver would copy to one worker's buffers what another one takes."""
+    needs("IO_DESC_SIZE")
+    with ublk.Device(Ram(), batch=True) as device:
+        device.halt()
+        device.describe(Ram(), workers_per_queue=2)
+        raised(ValueError, device.start, "the driver does not copy")
+        assert device.state == "halted"
+        device.describe(Ram())
+        device.start()
+        write(device.path, 0, b"y" * BLOCK)
+        assert read(device.path, 0) == b"y" * BLOCK
+
+
 def test_a_device_is_halted_and_started_again() -> None:
     if not has("IO_DESC_SIZE"):
         with ublk.Device(Ram()) as device:
