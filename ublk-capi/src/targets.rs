@@ -49,7 +49,8 @@ impl Target {
         })
     }
 
-    /// What the options make of it. Those of another target's are refused by the start, not ignored.
+    /// What the options make of it. One that is to have zones or metadata and cannot is refused by the start: a disk
+    /// without them is not what was asked for.
     pub(crate) fn builder(self, config: &Config) -> Result<Builder> {
         let mut builder = self.made(config)?;
         if self != Target::ZonedMem

@@ -29,6 +29,7 @@ const WORDS: &[(&str, &str)] = &[
         "metadata is for a backend with the capability INTEGRITY",
         "integrity_metadata_size is for a backend with submit, and for the target mem",
     ),
+    ("set them first (Control::set_params)", "set them first"),
     ("require the feature when the device is built", "set the option require to SHMEM_ZC"),
     ("delete it (Control::delete)", "delete it (ublk_rs_control_delete)"),
     (

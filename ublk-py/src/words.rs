@@ -15,13 +15,14 @@ const WORDS: &[(&str, &str)] = &[
     ),
     (
         "zones are for a backend with the capability ZONED",
-        "zoned= is for a backend with report_zones()",
+        "zoned= is for a backend with report_zones(), or with handle()",
     ),
     (
         "a backend with INTEGRITY needs to know its metadata: Builder::integrity",
         "a backend with INTEGRITY needs to know its metadata: integrity=",
     ),
     ("INTEGRITY is asked for by Builder::integrity", "INTEGRITY is asked for by integrity="),
+    ("set them first (Control::set_params)", "set them first"),
     ("require the feature when the device is built", "use require=[\"SHMEM_ZC\"]"),
     ("delete it (Control::delete)", "delete it (ublk.delete)"),
     ("use stop_force to pull it", "use stop_force() to pull it"),

@@ -773,8 +773,9 @@ static void targets(void) {
         int code = ublk_rs_device_start(device, error); /* without a size, or a path */
         EQUAL(code, -EINVAL);
         WORKS(ublk_rs_device_set(device, "size", "16M", error));
-        WORKS(ublk_rs_device_set(device, "zone_bytes", "4M", error));
+        if (strcmp(name, "zoned-mem") == 0) WORKS(ublk_rs_device_set(device, "zone_bytes", "4M", error));
         WORKS(ublk_rs_device_set(device, "path", path, error));
+        WORKS(ublk_rs_device_set(device, "paths", path, error));
         WORKS(ublk_rs_device_set(device, "create", "yes", error));
         code = ublk_rs_device_start(device, error);
         if (code != 0) fprintf(stderr, "%s: %s\n", name, ublk_rs_error_message(error));
