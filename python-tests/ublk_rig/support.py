@@ -52,7 +52,7 @@ CAPABILITIES = (
     Capability("Disks that misbehave by rules (fault)", r"fault::|test_disk_fault"),
     Capability("Every data path, command strategy and target through a life", r"test_disk_matrix"),
     Capability("Data paths and batches, with every kind of backend; several workers a queue", r"data_paths::"),
-    Capability("Memory that clients share (SHMEM_ZC)", r"shared_memory::|test_examples.*shares_memory"),
+    Capability("Memory that clients share (SHMEM_ZC)", r"shared_(memory|lives)::|test_examples.*shares_memory"),
     Capability("Devices of ordinary users, with udev", r"\bunprivileged::|test_examples.*alice"),
     Capability(
         "Errnos, failed flushes, panics reach the client as they should", r"errno|flush_that_fails|test_disk_err"
