@@ -78,8 +78,6 @@ def test_ends_well(guest):
     assert done.ret == pytest.ExitCode.TESTS_FAILED
     data = json.loads((inner.path / "artifacts/summary.json").read_text())
     assert [t["outcome"] for t in data["tests"]].count("failed") == 4
-    assert list(data["releases"]) == ["7.3"]
-    assert kernels.series_of(data["releases"]["7.3"]) == "7.3"
 
 
 def test_a_dying_kernel_fails_its_test_alone(inner: pytest.Pytester) -> None:
@@ -116,6 +114,9 @@ def test_next(guest):
     outcomes = done.parseoutcomes()
     assert (outcomes["failed"], outcomes["passed"]) == (2, 1)
     done.stdout.fnmatch_lines(["*took longer than*"])
+    # Whatever becomes of tests, it is known what they ran on.
+    releases = json.loads((inner.path / "artifacts/summary.json").read_text())["releases"]
+    assert {label: kernels.series_of(release) for label, release in releases.items()} == {"7.3": "7.3"}
 
 
 def test_an_all_skipped_run_is_no_pass(inner: pytest.Pytester) -> None:
