@@ -21,12 +21,13 @@ SIZE = 16 * MIB
 @contextmanager
 def scratch(guest: Guest) -> Iterator[str]:
     """A folder on ext4 on the kernel's ramdisk: with direct I/O, holes and zeroed ranges."""
-    guest.run("modprobe brd rd_nr=1 rd_size=65536 && mkfs.ext4 -q /dev/ram0 && mkdir -p /tmp/ext4")
-    guest.run(["mount", "/dev/ram0", "/tmp/ext4"])
+    guest.run("modprobe brd rd_nr=1 rd_size=65536")
     try:
+        guest.run("mkfs.ext4 -q /dev/ram0 && mkdir -p /tmp/ext4 && mount /dev/ram0 /tmp/ext4")
         yield "/tmp/ext4"
+        guest.run("umount /tmp/ext4")
     finally:
-        guest.run("umount /tmp/ext4 && modprobe -r brd")
+        guest.run("umount /tmp/ext4 2> /dev/null; modprobe -r brd")
 
 
 def blocks(guest: Guest, path: str) -> int:

@@ -167,7 +167,8 @@ def test_a_forced_stop_under_load_is_bounded(guest: Guest, how: str) -> None:
 @pytest.mark.vm(smp=4)
 @pytest.mark.parametrize("action", ["leak", "hold", "stuck"])
 def test_what_a_backend_keeps_is_revoked_at_the_deadline(guest: Guest, action: str) -> None:
-    with testdisk.serving(guest, "target=test", "via=handler", "queues=1") as disks:
+    quiet = "prefer=NO_AUTO_PART_SCAN"
+    with testdisk.serving(guest, "target=test", "via=handler", "queues=1", quiet) as disks:
         disks.arm(action, op="write", times=1)
         with guest.popen([testdisk.program(), "client", disks.path, "direct", "write:0:4096"]) as writer:
             eventually(guest, lambda: disks.stats()["in_flight"] == 1)
@@ -192,7 +193,7 @@ def test_what_a_backend_keeps_is_revoked_at_the_deadline(guest: Guest, action: s
 
 @pytest.mark.vm(smp=4)
 def test_held_requests_that_are_answered_in_time_succeed(guest: Guest) -> None:
-    with testdisk.serving(guest, "target=test", "via=handler") as disks:
+    with testdisk.serving(guest, "target=test", "via=handler", "prefer=NO_AUTO_PART_SCAN") as disks:
         disks.arm("hold", op="write", times=1)
         with guest.popen([testdisk.program(), "client", disks.path, "direct", "write:0:4096", "read:0:4096"]) as user:
             eventually(guest, lambda: disks.backend()["held"] == 1)

@@ -231,7 +231,9 @@ def _end(rig: Rig, item: pytest.Item, lease: Lease) -> Verdict:
         words = lease.machine.console()[-4000:]
         verdict.left.append(f"a machine that no longer answers ({e}); console:\n{words}")
     item.stash[_LOG] += verdict.log
-    rig.pool.give_back(lease, soiled=verdict.soiled or bool(str(verdict)))
+    # One that failed in the middle has not put back what no inspector looks for: a node's mode, a sysctl, a module.
+    failed = item.stash.get(_FAILED, False)
+    rig.pool.give_back(lease, soiled=verdict.soiled or bool(str(verdict)) or failed)
     return verdict
 
 

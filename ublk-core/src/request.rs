@@ -582,6 +582,11 @@ impl Request {
         KeptBuffer { slot: Arc::clone(self.slot()), len }
     }
 
+    /// Whether its client was answered, and it is nobody's any more.
+    pub(crate) fn is_revoked(&self) -> bool {
+        self.slot().is_revoked()
+    }
+
     fn end(mut self, result: Result<(), Errno>) -> Result<(), Gone> {
         let mut result = result;
         if self.op == Op::Read && result.is_ok() {

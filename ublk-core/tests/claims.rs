@@ -13,7 +13,7 @@ use std::time::Duration;
 use disk::{Aligned, Client, Ram, SOON, bounded, eventually, no_devices};
 use io_uring::IoUring;
 use raw_server::{Mapping, Queue, Raw, Style, fill, length_for, offset_of, sectors};
-use ublk_core::control::{Control, DeviceParams, Discard, Wait};
+use ublk_core::control::{Control, DeviceParams, Discard, Features, Wait};
 use ublk_core::{Backend, Builder, Capabilities, RequestFlags, uapi};
 
 const MIB: u64 = 1 << 20;
@@ -369,7 +369,8 @@ impl Backend for Able {
 fn able(capabilities: Capabilities) -> (Arc<Able>, Builder) {
     let able = Arc::new(Able(Mutex::default(), capabilities));
     let builder = Builder::new(16 * MIB, Arc::clone(&able));
-    (able, builder)
+    // Where START does not wait for the partition scan, nobody but the clients is to read.
+    (able, builder.prefer(Features::NO_AUTO_PART_SCAN))
 }
 
 fn attribute(path: &Path, name: &str) -> String {

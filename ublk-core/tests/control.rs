@@ -1,12 +1,16 @@
 //! The control plane against a real driver. Runs as root where `ublk_drv` is loaded, one test at a
 //! time.
 
+mod disk;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
 use std::time::{Duration, Instant};
 
+use disk::node::{AsItWas, CONTROL};
+use disk::{SOON, eventually};
 use ublk_core::control::{
     AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
     Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait,
@@ -14,9 +18,6 @@ use ublk_core::control::{
 use ublk_core::targets::Null;
 use ublk_core::uapi::ublk_shmem_buf_reg;
 use ublk_core::{Ending, Errno, ErrorKind, Running};
-
-// Generous: the guest may be emulated.
-const SOON: Duration = Duration::from_secs(30);
 
 fn both_encodings(test: impl Fn(Control)) {
     for encoding in [Encoding::Ioctl, Encoding::Legacy] {
@@ -45,14 +46,6 @@ fn ids(control: &Control) -> BTreeSet<u32> {
 fn is_recent(control: &Control) -> bool {
     // 6.16 and later; parameter sections have no bits of their own.
     control.get_features().unwrap().contains(Features::AUTO_BUF_REG)
-}
-
-fn eventually(what: &str, holds: impl Fn() -> bool) {
-    let end = Instant::now() + SOON;
-    while !holds() {
-        assert!(Instant::now() < end, "{what}: not in time");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 fn open_files() -> Vec<String> {
@@ -686,19 +679,10 @@ fn as_user(test: &str) -> std::process::Child {
 }
 
 /// The driver's node is the user's, for as long as this lives.
-struct Theirs;
-
-impl Theirs {
-    fn new() -> Self {
-        std::os::unix::fs::chown("/dev/ublk-control", Some(NOBODY), None).unwrap();
-        Theirs
-    }
-}
-
-impl Drop for Theirs {
-    fn drop(&mut self) {
-        let _ = std::os::unix::fs::chown("/dev/ublk-control", Some(0), None);
-    }
+fn theirs() -> AsItWas {
+    let before = AsItWas::of(CONTROL);
+    std::os::unix::fs::chown(CONTROL, Some(NOBODY), None).unwrap();
+    before
 }
 
 #[test]
@@ -706,7 +690,7 @@ fn an_unprivileged_user_has_a_device_of_its_own() {
     if std::env::var_os(AS_USER).is_some() {
         return unprivileged_user();
     }
-    let _theirs = Theirs::new();
+    let _theirs = theirs();
     // Root's own device is neither listed nor touched.
     let control = Control::open().unwrap();
     let roots = add(&control);

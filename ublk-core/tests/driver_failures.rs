@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use disk::kernel::lacks;
-use disk::{Aligned, Client, SOON, bounded, eventually, no_devices};
+use disk::{Aligned, Client, SOON, bounded, eventually, no_devices, patience};
 use io_uring::{IoUring, cqueue, squeue, types};
 use raw_server::{Mapping, Raw, length_for};
 use ublk_core::control::{DeviceParams, Features, Wait};
@@ -125,7 +125,7 @@ impl Server {
         sqe[52..54].copy_from_slice(&(elements.len() as u16).to_ne_bytes());
         sqe[54] = 8;
         self.push(sqe);
-        let done = self.next(SOON).expect("the batch's end");
+        let done = self.next(patience()).expect("the batch's end");
         assert_eq!(done.user_data(), BATCH);
         done.result()
     }
@@ -173,7 +173,7 @@ impl Server {
     /// The errno of a client. Nothing else happens to the server meanwhile.
     fn end_of(&mut self, client: JoinHandle<i32>) -> i32 {
         // In the ring, since it is on this thread that the driver does what is to be done for it.
-        let end = Instant::now() + SOON;
+        let end = Instant::now() + patience();
         while !client.is_finished() {
             assert!(Instant::now() < end, "the client does not end");
             let more = self.next(Duration::from_millis(5));
@@ -215,7 +215,7 @@ fn the_driver_takes_a_batch_up_to_the_element_that_it_refuses() {
     let mut tags = Vec::new();
     let clients: Vec<_> = (0..3).map(|block| server.client(block)).collect();
     while tags.len() < 3 {
-        let fetched = server.next(SOON).expect("requests");
+        let fetched = server.next(patience()).expect("requests");
         assert_eq!(fetched.user_data(), FETCH);
         let array = cqueue::buffer_select(fetched.flags()).expect("an array");
         tags.extend(arrays.tags(array, fetched.result() as usize));
@@ -254,18 +254,18 @@ fn a_fetch_ends_with_enobufs_and_the_next_one_brings_what_it_left() {
     server.fetch_batches();
     server.start();
     let first = server.client(0);
-    let fetched = server.next(SOON).expect("a request");
+    let fetched = server.next(patience()).expect("a request");
     assert_eq!((fetched.user_data(), fetched.result()), (FETCH, 2));
     assert!(cqueue::more(fetched.flags()), "it goes on");
     let tag = arrays.tags(0, 2)[0];
     // There is no buffer for this one.
     let second = server.client(1);
-    let ended = server.next(SOON).expect("the fetch's end");
+    let ended = server.next(patience()).expect("the fetch's end");
     assert_eq!((ended.user_data(), ended.result()), (FETCH, -libc::ENOBUFS));
     assert!(!cqueue::more(ended.flags()));
     arrays.offer(1, 0);
     server.fetch_batches();
-    let fetched = server.next(SOON).expect("the request that waited");
+    let fetched = server.next(patience()).expect("the request that waited");
     assert_eq!((fetched.user_data(), fetched.result()), (FETCH, 2));
     let next = arrays.tags(0, 2)[0];
     assert_ne!(tag, next);
@@ -291,7 +291,7 @@ fn a_registration_that_fails_is_told_with_fallback_and_kept_silent_without() {
         for _ in 0..3 {
             let client = server.client(1);
             if let Some(flagged) = told {
-                let arrived = server.next(SOON).expect("a request");
+                let arrived = server.next(patience()).expect("a request");
                 assert_eq!((arrived.user_data(), arrived.result()), (0, 0));
                 let flags = server.descriptors.descriptor(0).op_flags;
                 assert_eq!(flags & uapi::UBLK_IO_F_NEED_REG_BUF != 0, flagged);

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use disk::kernel::lacks;
 use disk::{Client, Ram, SOON, eventually, no_devices};
 use ublk_core::control::{Control, Features};
 use ublk_core::targets::{
@@ -135,6 +136,63 @@ fn what_is_dropped_or_panics_is_eio_and_counted() {
         drop(client);
         disk.stop(SOON).unwrap();
     }
+}
+
+#[test]
+fn every_misbehaviour_with_ring_operations_on_clients_pages_and_in_batches() {
+    if lacks(Features::AUTO_BUF_REG | Features::BATCH_IO) {
+        return;
+    }
+    let files = Files::new(1);
+    for (path, batch) in [
+        (DataPath::ZeroCopy, Features::NONE),
+        (DataPath::ZeroCopy, Features::BATCH_IO),
+        (DataPath::AutoBufReg, Features::BATCH_IO),
+        (DataPath::UserCopy, Features::BATCH_IO),
+    ] {
+        let what = format!("{path} {batch}");
+        let file = Fault::new(File::options().create(4 * MIB).open(&files.0[0]).unwrap());
+        let faults = file.faults();
+        let disk = file.builder().data_path(path).require(batch).queues(1).start().unwrap();
+        let client = Client::open(disk.path());
+        let at_place = |action| Rule::new(action).range(PLACE..2 * MIB);
+        client.write(PLACE, &[1; 2 * BLOCK]).unwrap();
+        let calls = || {
+            let read = client.read_errno(PLACE, BLOCK);
+            [read, client.write_errno(PLACE + 4 * BLOCK as u64, &[2; BLOCK])]
+        };
+        for (action, errno) in [
+            (Action::Error(Errno::ENOSPC), libc::ENOSPC),
+            (Action::Drop, libc::EIO),
+            (Action::Panic, libc::EIO),
+        ] {
+            faults.set([at_place(action).limit(2)]).unwrap();
+            assert_eq!([calls(), calls()], [[errno; 2], [0; 2]], "{what}");
+        }
+        let delay = Duration::from_millis(20);
+        faults.set([at_place(Action::delay(delay))]).unwrap();
+        let began = Instant::now();
+        assert_eq!(client.read(PLACE, BLOCK).unwrap(), [1; BLOCK], "{what}");
+        client.write(PLACE + BLOCK as u64, &[3; BLOCK]).unwrap();
+        assert!(began.elapsed() >= 2 * delay, "{what}");
+        faults.set([at_place(Action::Hold)]).unwrap();
+        let held = reads(&disk, 4);
+        assert!(faults.wait_held(4, SOON), "{what}");
+        faults.clear();
+        assert_eq!(client.read(PLACE + BLOCK as u64, BLOCK).unwrap(), [3; BLOCK], "{what}");
+        assert_eq!(faults.release(), 4, "{what}");
+        assert!(held.into_iter().all(|reader| reader.join().unwrap() == 0), "{what}");
+        eventually("the panics are counted", || disk.stats().total().panics == 2);
+        drop(client);
+        let total = disk.stop(SOON).unwrap().stats.total();
+        assert_eq!((total.dropped, total.in_flight), (4, 0), "{what}");
+        assert_eq!((total.rejected, total.unregistered), (0, 0), "{what}");
+        let stored = std::fs::read(&files.0[0]).unwrap();
+        let blocks = [1, 3, 0, 0, 2].map(|byte| vec![byte; BLOCK]).concat();
+        assert!(stored[PLACE as usize..][..blocks.len()] == blocks, "{what}");
+        std::fs::remove_file(&files.0[0]).unwrap();
+    }
+    no_devices();
 }
 
 #[test]

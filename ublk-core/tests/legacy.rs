@@ -5,7 +5,7 @@ mod disk;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use disk::{Client, Ram, SOON, Server, bounded, devices, no_devices};
+use disk::{Client, Ram, SOON, Server, bounded, devices, no_devices, patience};
 use ublk_core::control::{Control, ControlOptions, DeviceState, Encoding, Features, Wait};
 use ublk_core::targets::File;
 use ublk_core::{Builder, Ending, ErrorKind};
@@ -78,7 +78,7 @@ fn a_killed_server_s_device_is_recovered_and_handed_over_by_bare_numbers() {
     server.kill();
     server.wait();
     let recover = || {
-        let builder = file_builder(&path).start_timeout(SOON - Duration::from_secs(10));
+        let builder = file_builder(&path).start_timeout(patience() - Duration::from_secs(10));
         bounded("a recovery", move || builder.recover(id, &legacy()).unwrap())
     };
     let mut running = recover();

@@ -3,8 +3,9 @@
 mod disk;
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, mpsc};
 use std::time::{Duration, Instant};
@@ -434,6 +435,36 @@ fn a_disk_that_could_be_opened_is_not_stopped_in_that_moment() {
     no_devices();
 }
 
+#[test]
+fn a_disk_that_is_mounted_where_nobody_can_see_it_is_busy() {
+    if lacks(Features::SAFE_STOP_DEV) {
+        return;
+    }
+    let disk = Builder::new(4 * MIB, Ram::new(4 << 20)).start().unwrap();
+    let dir = std::env::temp_dir().join(format!("ublk-unseen-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    assert!(Command::new("mkfs.ext4").arg("-q").arg(disk.path()).status().unwrap().success());
+    let script = "mount $1 $2 && echo mounted && read line";
+    let mut elsewhere = Command::new("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"])
+        .args([disk.path(), &dir])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut said = String::new();
+    BufReader::new(elsewhere.stdout.take().unwrap()).read_line(&mut said).unwrap();
+    assert_eq!(said, "mounted\n");
+    let failed = bounded("the stop", move || disk.stop(Duration::from_millis(300)).unwrap_err());
+    assert_eq!(failed.error.kind(), ErrorKind::Busy, "{}", failed.error);
+    assert_eq!(failed.error.holders(), [Holder::Unseen]);
+    drop(elsewhere.stdin.take());
+    elsewhere.wait().unwrap();
+    failed.device.stop(SOON).unwrap();
+    fs::remove_dir(dir).unwrap();
+    no_devices();
+}
+
 fn stopped_by_others(end: impl FnOnce(&Control, u32) + Send + 'static, threads: usize) {
     nothing_is_left_by(|| {
         let disk = ram().threads(threads).queues(2).start().unwrap();
@@ -525,13 +556,17 @@ fn a_device_that_is_stopped_from_another_thread_while_it_starts_never_hangs() {
         );
         return;
     }
+    let began = Instant::now();
+    ram().start().unwrap().stop(SOON).unwrap();
+    // From the first moment to when it has ended, on this machine.
+    let (rounds, whole) = (20, began.elapsed());
     // The outcome of each race differs; what must not happen is a hang, or a disk that nobody serves.
-    for round in 0..20 {
+    for round in 0..rounds {
         let control = Control::open().unwrap();
         let added = ram().add(&control).unwrap();
         let id = added.id();
         let racer = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_micros(700 * round));
+            std::thread::sleep(whole * round / rounds);
             let _ = control.stop_dev(id, &Wait::for_(SOON));
         });
         let started = bounded("the start", move || added.start());
@@ -606,10 +641,12 @@ fn a_handler_that_takes_for_ever_to_make_does_not_hang_the_start() {
 
 #[test]
 fn a_stop_waits_for_a_slow_answer_within_its_time() {
-    struct Slow(Arc<Gate>, AtomicBool);
+    struct Slow(Arc<Gate>, Arc<AtomicBool>);
     impl Backend for Slow {
-        fn read(&self, buf: &mut [u8], _: u64) -> io::Result<usize> {
-            if self.1.swap(false, Ordering::Relaxed) || buf.len() == 8192 {
+        fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+            // Where nobody looks for partitions.
+            if offset == 65536 {
+                self.1.store(true, Ordering::Relaxed);
                 self.0.wait();
             }
             buf.fill(9);
@@ -617,10 +654,11 @@ fn a_stop_waits_for_a_slow_answer_within_its_time() {
         }
     }
     let gate = Arc::new(Gate::default());
-    let disk = Builder::new(MIB, Slow(Arc::clone(&gate), AtomicBool::new(false))).start().unwrap();
+    let begun = Arc::new(AtomicBool::new(false));
+    let disk = Builder::new(MIB, Slow(Arc::clone(&gate), Arc::clone(&begun))).start().unwrap();
     let client = Client::reader(disk.path());
-    let reader = std::thread::spawn(move || client.read(0, 8192));
-    eventually("the read is there", || disk.stats().total().in_flight == 1);
+    let reader = std::thread::spawn(move || client.read(65536, 8192));
+    eventually("the read is there", || begun.load(Ordering::Relaxed));
     let stop = std::thread::spawn(move || disk.stop_force(SOON).unwrap());
     std::thread::sleep(Duration::from_millis(300));
     assert!(!stop.is_finished());

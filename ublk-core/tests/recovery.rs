@@ -210,7 +210,9 @@ fn waits_for_a_server(id: u32) {
 
 fn recover(id: u32, builder: Builder) -> ublk_core::Result<Running> {
     bounded("a recovery", move || {
-        builder.start_timeout(SOON - Duration::from_secs(10)).recover(id, &Control::open().unwrap())
+        builder
+            .start_timeout(disk::patience() - Duration::from_secs(10))
+            .recover(id, &Control::open().unwrap())
     })
 }
 

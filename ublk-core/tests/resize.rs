@@ -101,6 +101,16 @@ fn a_file_system_grows_with_its_disk() {
     let too_much = vec![6; 30 << 20];
     let e = std::fs::write(point.join("large"), &too_much).unwrap_err();
     assert_eq!(e.raw_os_error(), Some(libc::ENOSPC));
+    // Back again before the file system takes what it got, which it does not notice.
+    for size in [64 * MIB, 16 * MIB] {
+        disk.resize(size).unwrap();
+        assert_eq!(blockdev(&disk), size);
+        std::fs::write(point.join("between"), size.to_string()).unwrap();
+        run("sync", &["-f".as_ref(), point.as_os_str()]);
+        let file = Client::reader(&point.join("file")).read(0, 1 << 20).unwrap();
+        assert!(file == vec![5; 1 << 20], "not from a cache");
+        assert_eq!(std::fs::read_to_string(point.join("between")).unwrap(), size.to_string());
+    }
     disk.resize(64 * MIB).unwrap();
     run("/sbin/resize2fs", &[path]);
     std::fs::write(point.join("large"), &too_much).unwrap();

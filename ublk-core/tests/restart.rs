@@ -2,15 +2,19 @@
 
 mod disk;
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
+use disk::kernel::offered;
 use disk::{Client, Held, SOON, devices, no_devices};
-use ublk_core::control::{Control, DeviceState, Features};
+use ublk_core::control::{Control, DeviceState, Features, Holder};
 use ublk_core::targets::Mem;
 use ublk_core::{
-    Added, Backend, Builder, Capabilities, Device, Ending, ErrorKind, RequestFlags, Running,
+    Added, Backend, Builder, Capabilities, Device, Ending, Error, ErrorKind, RequestFlags, Running,
     Workers,
 };
 
@@ -191,5 +195,69 @@ fn a_disk_on_shared_workers_and_one_that_can_be_recovered_are_restarted_beside_o
     }
     running.stop(SOON).unwrap();
     neighbour.stop(SOON).unwrap();
+    no_devices();
+}
+
+/// A file system that is mounted where this process does not see it.
+struct Elsewhere {
+    shell: Child,
+    lines: BufReader<ChildStdout>,
+}
+
+impl Elsewhere {
+    fn mount(disk: &Path) -> Self {
+        let point = std::env::temp_dir().join(format!("ublk-elsewhere-{}", std::process::id()));
+        std::fs::create_dir_all(&point).unwrap();
+        let script = r#"set -e; mount "$0" "$1"; echo mounted; read go; echo kept > "$1/file"; sync "$1/file"; umount "$1"; rmdir "$1"; echo free"#;
+        let mut shell = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c", script])
+            .args([disk, &point])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(shell.stdout.take().unwrap());
+        let mut this = Elsewhere { shell, lines };
+        this.hear("mounted");
+        this
+    }
+
+    fn hear(&mut self, word: &str) {
+        let mut line = String::new();
+        self.lines.read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), word);
+    }
+
+    /// Writes to it, and unmounts.
+    fn end(mut self) {
+        self.shell.stdin.take().unwrap().write_all(b"\n").unwrap();
+        self.hear("free");
+        assert!(self.shell.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn a_mount_that_nobody_sees_keeps_the_disk_from_a_stop_and_a_halt() {
+    let memory = Arc::new(Mem::new(16 * MIB));
+    let mut running = disk(&memory, 16 * MIB).start().unwrap();
+    let path = running.path().to_owned();
+    assert!(Command::new("mkfs.ext4").arg("-q").arg(&path).status().unwrap().success());
+    let elsewhere = Elsewhere::mount(&path);
+    let seen = Control::open().unwrap().holders(running.id());
+    assert!(seen.iter().all(|h| matches!(h, Holder::Process { disk: false, .. })), "{seen:?}");
+    let within = Duration::from_millis(300);
+    let unseen = |e: &Error| {
+        assert_eq!((e.kind(), e.holders()), (ErrorKind::Busy, &[Holder::Unseen][..]), "{e}");
+    };
+    let failed = running.stop(within).unwrap_err();
+    unseen(&failed.error);
+    running = failed.device;
+    if offered().contains(Features::IO_DESC_SIZE) {
+        let failed = running.halt(within).unwrap_err();
+        unseen(&failed.error);
+        running = failed.device;
+    }
+    elsewhere.end();
+    disk::bounded("a stop", move || running.stop(SOON).unwrap());
     no_devices();
 }

@@ -11,16 +11,19 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use disk::kernel::lacks;
+use disk::node::{AsItWas, CONTROL};
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
     Backend, Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext,
-    Request, targets::Mem,
+    Request,
+    targets::{File, Mem},
 };
 
 const OWNER: u32 = 1000;
@@ -49,14 +52,19 @@ fn about() -> String {
 }
 
 /// udevd with the rules that we ship, and a group for those who may make devices.
-struct Udev(Child);
+struct Udev {
+    udevd: Child,
+    groups: String,
+    _control: AsItWas,
+}
 
 impl Udev {
     fn start(test: &str) -> Self {
         let tree = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-        let group = fs::read_to_string("/etc/group").unwrap();
-        if !group.contains("\nublk:") {
-            fs::write("/etc/group", format!("{group}\nublk:x:{OWNER}:\n")).unwrap();
+        let control = AsItWas::of(CONTROL);
+        let groups = fs::read_to_string("/etc/group").unwrap();
+        if !groups.contains("\nublk:") {
+            fs::write("/etc/group", format!("{groups}\nublk:x:{OWNER}:\n")).unwrap();
         }
         fs::create_dir_all("/etc/udev/rules.d").unwrap();
         fs::copy(tree.join("udev/80-ublk.rules"), "/etc/udev/rules.d/80-ublk.rules").unwrap();
@@ -68,7 +76,7 @@ impl Udev {
         fs::write(HELPER, script).unwrap();
         fs::set_permissions(HELPER, fs::Permissions::from_mode(0o755)).unwrap();
         let udevd = Command::new("/lib/systemd/systemd-udevd").env(CHROOT, "1").spawn().unwrap();
-        let this = Udev(udevd);
+        let this = Udev { udevd, groups, _control: control };
         eventually("udevd answers", || udevadm(&["control", "--ping", "--timeout=5"]));
         // It was there before udevd.
         assert!(udevadm(&["trigger", "--settle", "--action=add", "--sysname-match=ublk-control"]));
@@ -82,8 +90,9 @@ fn udevadm(args: &[&str]) -> bool {
 
 impl Drop for Udev {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.udevd.kill();
+        let _ = self.udevd.wait();
+        let _ = fs::write("/etc/group", &self.groups);
         let _ = fs::remove_file("/etc/udev/rules.d/80-ublk.rules");
         let _ = fs::remove_file(HELPER);
     }
@@ -172,6 +181,18 @@ fn owner() {
     pause();
     drop(client);
     disk.stop(SOON).unwrap();
+    // What would work on clients' own pages has them copied: the driver gives them to the privileged alone.
+    let path = std::env::temp_dir().join(format!("ublk-unprivileged-{}", std::process::id()));
+    let file = File::options().create(SIZE).open(&path).unwrap();
+    let disk = file.builder().require(F::UNPRIVILEGED_DEV).start().unwrap();
+    assert_eq!(disk.data_path(), DataPath::Copy);
+    let client = Client::open(disk.path());
+    client.write(4096, &[7; 4096]).unwrap();
+    assert_eq!(client.read(4096, 4096).unwrap(), [7; 4096]);
+    assert_eq!(fs::read(&path).unwrap()[4095..4098], [0, 7, 7]);
+    drop(client);
+    disk.stop(SOON).unwrap();
+    fs::remove_file(&path).unwrap();
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
     // By force, with the disk open: what the driver has no short deletion for.
     let disk = mem().start().unwrap();
@@ -218,7 +239,7 @@ fn an_ordinary_user_makes_serves_uses_and_deletes_a_device() {
     let mut owner = User::start(TEST, "owner", "", OWNER);
     let id = owner.hears("serving ");
     // What keeps the stranger out is not the control node.
-    fs::set_permissions("/dev/ublk-control", fs::Permissions::from_mode(0o666)).unwrap();
+    fs::set_permissions(CONTROL, fs::Permissions::from_mode(0o666)).unwrap();
     User::start(TEST, "stranger", &id, STRANGER).succeeds();
     owner.go_on();
     owner.succeeds();
@@ -231,6 +252,17 @@ fn shortened(id: u32) {
 }
 
 const KEPT: u64 = 8192;
+const AT_ONCE: u64 = 32;
+
+/// Requests that take their time, on the worker: apart, so that nothing merges them, and where nobody looks who wants to
+/// know what is on the disk.
+fn slow(i: u64) -> u64 {
+    SIZE / 2 + i * 16384 + 12288
+}
+
+fn is_slow(offset: u64) -> bool {
+    offset >= SIZE / 2 && offset % 16384 == 12288
+}
 
 fn keeper() {
     let (kept, requests) = channel::<Request>();
@@ -239,9 +271,14 @@ fn keeper() {
         let kept = kept.lock().unwrap().clone();
         move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
             KEPT => kept.send(request).unwrap(),
+            offset if is_slow(offset) => {
+                std::thread::sleep(timeout() / 20);
+                request.complete(Ok::<(), Errno>(())).unwrap();
+            }
             _ => request.complete(Ok::<(), Errno>(())).unwrap(),
         }
     })
+    .queues(1)
     .require(F::UNPRIVILEGED_DEV)
     .start()
     .unwrap();
@@ -263,10 +300,28 @@ fn keeper() {
         request.complete(Ok::<(), Errno>(())).unwrap();
         assert_eq!(reader.join().unwrap(), [0x11; 4096]);
     });
-    for at in (0..64).map(|i| i * 4096).filter(|at| *at != KEPT) {
-        assert_eq!(client.read(at, 4096).unwrap(), [0; 4096]);
-    }
-    assert_eq!(disk.stats().queues.iter().map(|q| q.revoked).sum::<u64>(), 1);
+    let whole = || {
+        for at in (0..64).map(|i| i * 4096).filter(|at| *at != KEPT) {
+            assert_eq!(client.read(at, 4096).unwrap(), [0; 4096]);
+        }
+    };
+    whole();
+    assert_eq!(disk.stats().total().revoked, 1);
+    // Each quick enough, together too slow: what comes with one turn is not left to the turn's end.
+    let begin = Instant::now();
+    let readers: Vec<_> = (0..AT_ONCE)
+        .map(|i| {
+            let client = Client::reader(disk.path());
+            std::thread::spawn(move || client.read_errno(slow(i), 4096))
+        })
+        .collect();
+    let errnos: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+    assert!(begin.elapsed() < timeout(), "{:?}", begin.elapsed());
+    let failed = errnos.iter().filter(|errno| **errno == libc::EIO).count() as u64;
+    assert!(errnos.iter().all(|errno| [0, libc::EIO].contains(errno)), "{errnos:?}");
+    assert!((1..AT_ONCE).contains(&failed), "{errnos:?}");
+    assert_eq!(disk.stats().total().revoked, 1 + failed);
+    whole();
     drop(client);
     assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
 }
@@ -295,27 +350,38 @@ fn a_request_that_takes_too_long_fails_and_its_server_lives() {
     owner.succeeds();
 }
 
-struct Stuck;
+/// Takes less time for one request than anybody is punished for, and for two more.
+#[derive(Clone, Default)]
+struct Stuck(Arc<AtomicU32>);
 
 impl Backend for Stuck {
     fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        if offset == KEPT {
-            loop {
-                std::thread::park();
-            }
+        if is_slow(offset) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            // Of the timeout, which is twice that, this is a bit less than two thirds.
+            std::thread::sleep(timeout() * 5 / 4);
         }
         buf.fill(0);
         Ok(buf.len())
     }
 }
 
-/// A backend that keeps its worker itself.
+/// A backend that keeps its worker itself. The second request waits for the first where nobody sees it, and the driver's
+/// clock goes on.
 fn stuck() {
-    let disk = Builder::new(SIZE, Stuck).require(F::UNPRIVILEGED_DEV).start().unwrap();
+    let stuck = Stuck::default();
+    let disk =
+        Builder::new(SIZE, stuck.clone()).queues(1).require(F::UNPRIVILEGED_DEV).start().unwrap();
     shortened(disk.id());
-    let client = Client::reader(disk.path());
-    client.read(KEPT, 4096).unwrap_err();
-    drop(client);
+    let reads = |at| {
+        let client = Client::reader(disk.path());
+        std::thread::spawn(move || client.read_errno(at, 4096))
+    };
+    let first = reads(slow(0));
+    eventually("it is at work", || stuck.0.load(Ordering::SeqCst) == 1);
+    let second = reads(slow(1));
+    assert_eq!(first.join().unwrap(), 0);
+    assert_ne!(second.join().unwrap(), 0);
     let error = disk.wait().unwrap_err();
     has(&error, ErrorKind::WorkerDied, "stuck in the backend");
 }

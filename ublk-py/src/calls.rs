@@ -142,6 +142,11 @@ impl Calls {
         if self.flush.is_some() && sees_fua { able | Capabilities::FUA } else { able }
     }
 
+    /// Whether it is handed the requests themselves.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.handle.is_some()
+    }
+
     /// The method for an operation.
     fn method(&self, op: Op) -> Option<&Method> {
         match op {

@@ -2,6 +2,7 @@
 
 use std::io::{PipeReader, Write, pipe};
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -16,10 +17,10 @@ use crate::attend::Interpreter;
 use crate::calls::Sink;
 use crate::errors::{OrRaise, StateError, raise, still_held};
 use crate::halted::Halted;
-use crate::interrupt::{Token, interruptible};
+use crate::interrupt::{Token, interruptible, left_alone};
 use crate::machine::describe;
 use crate::pool::Pool;
-use crate::share::SharedBuffer;
+use crate::share::{SharedBuffer, Sharing};
 use crate::stats::stats;
 
 /// A live device's handle.
@@ -30,6 +31,8 @@ pub(crate) struct Device {
     sink: Option<Arc<Sink>>,
     pool: Option<Arc<Pool>>,
     ended: Mutex<Option<PipeReader>>,
+    /// The disk's, which is known also while another thread resizes it.
+    size: Arc<AtomicU64>,
     /// A forked child has the object, but not the device.
     process: u32,
 }
@@ -46,8 +49,10 @@ impl Device {
         sink: Option<Arc<Sink>>,
         pool: Option<Arc<Pool>>,
     ) -> PyResult<Self> {
+        let handle = running.handle();
         let device = Device {
-            handle: running.handle(),
+            size: Arc::new(AtomicU64::new(handle.params().capacity())),
+            handle,
             running: Arc::new(Mutex::new(Some(running))),
             sink,
             pool,
@@ -184,7 +189,8 @@ impl Device {
     /// The device as the driver described it, and its present size.
     fn info<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let info = describe(py, self.handle.info())?;
-        let params = self.handle.params();
+        // A resize that is under way keeps them.
+        let params = py.detach(|| self.handle.params());
         info.set_item("size", params.capacity())?;
         info.set_item("block_size", params.logical_block_size())?;
         Ok(info)
@@ -199,9 +205,17 @@ impl Device {
         stats(py, &self.handle.stats())
     }
 
+    /// Bytes of the disk.
+    #[getter]
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
         self.check_thread("resize the device")?;
-        py.detach(|| self.handle.resize(size)).or_raise(py)
+        let (handle, told) = (self.handle.clone(), Arc::clone(&self.size));
+        left_alone(py, move || handle.resize(size).map(|()| told.store(size, Ordering::Relaxed)))?
+            .or_raise(py)
     }
 
     /// Stops and deletes; what could not be cleaned up, in words.
@@ -281,12 +295,15 @@ impl Device {
     /// Has clients' data in this memory used where it is; the buffer's number.
     fn share(&self, py: Python<'_>, buffer: &SharedBuffer) -> PyResult<u16> {
         self.check_thread("share memory")?;
-        py.detach(|| self.handle.share(&buffer.0)).or_raise(py)
+        let (handle, buffer) = (self.handle.clone(), Arc::clone(&buffer.0));
+        let shared = left_alone(py, move || Sharing::begin(handle, &buffer))?;
+        shared.map(Sharing::number).or_raise(py)
     }
 
     fn unshare(&self, py: Python<'_>, number: u16) -> PyResult<()> {
-        self.check_thread("share memory")?;
-        py.detach(|| self.handle.unshare(number)).or_raise(py)
+        self.check_thread("end the sharing of memory")?;
+        let handle = self.handle.clone();
+        left_alone(py, move || handle.unshare(number))?.or_raise(py)
     }
 
     /// Gives the disk to the next server.

@@ -11,9 +11,10 @@ use pyo3::types::PyDict;
 use ublk_core::targets::{self as core, Action, Faults, OnWorker, Power, Rule, RuleId};
 use ublk_core::{Backend, Builder, Capabilities, Errno, Op};
 
+use crate::device::io_error;
 use crate::errors::OrRaise;
 use crate::files::{File, Stripe};
-use crate::targets::{self, Mem, Null, parse_bytes};
+use crate::targets::{self, Mem, Null, ZonedMem, parse_bytes};
 use crate::wrapped::Wrapped;
 
 /// What the rules come before.
@@ -383,6 +384,20 @@ impl Fault {
 }
 
 /// The calls of a ready-made backend that can be behind another.
+/// The most bytes that a disk of a ready-made backend can have by now; None of one that knows no such bound.
+#[pyfunction]
+pub(crate) fn room(py: Python<'_>, backend: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
+    if let Ok(mem) = backend.cast::<Mem>() {
+        return Ok(Some(mem.get().inner().size()));
+    }
+    if backend.is_instance_of::<ZonedMem>() {
+        // No zoned disk changes its size, as the library says.
+        return Ok(None);
+    }
+    let calls = calls_of(backend)?;
+    py.detach(|| calls.room()).map_err(|e| io_error(&e))
+}
+
 fn calls_of(backend: &Bound<'_, PyAny>) -> PyResult<Wrapped> {
     if backend.is_instance_of::<Null>() {
         return Ok(Wrapped::Null);

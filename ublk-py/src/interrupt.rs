@@ -137,6 +137,15 @@ pub(crate) fn interruptible<T: Send + 'static>(
     interruptible_within(py, token, PATIENCE, call)
 }
 
+/// The same for a call that nothing takes back: a handler that raises has it left to its end, which the program waits for
+/// when it ends itself.
+pub(crate) fn left_alone<T: Send + 'static>(
+    py: Python<'_>,
+    call: impl FnOnce() -> T + Send + 'static,
+) -> PyResult<T> {
+    interruptible_within(py, &CancelToken::new(), Duration::ZERO, call)
+}
+
 fn interruptible_within<T: Send + 'static>(
     py: Python<'_>,
     token: &CancelToken,

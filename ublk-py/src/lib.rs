@@ -47,7 +47,7 @@ mod _native {
     #[pymodule_export]
     use super::device::{Device, Workers, await_lost, finish_endings};
     #[pymodule_export]
-    use super::faults::{Fault, WriteCache};
+    use super::faults::{Fault, WriteCache, room};
     #[pymodule_export]
     use super::files::{File, Stripe};
     #[pymodule_export]
@@ -59,7 +59,7 @@ mod _native {
     #[pymodule_export]
     use super::log::{close_log, forked, next_record};
     #[pymodule_export]
-    use super::machine::{delete, feature_names, features, list_devices};
+    use super::machine::{delete, feature_names, features, list_devices, quiesce};
     #[pymodule_export]
     use super::options::Spec;
     #[pymodule_export]

@@ -1,11 +1,12 @@
 //! The machine's devices and what its driver can do.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use ublk_core::control::{CancelToken, Control, DeviceInfo, Features, Wait};
+use ublk_core::control::{CancelToken, Control, DeviceInfo, DeviceState, Features, Wait};
+use ublk_core::{Error, ErrorKind};
 
 use crate::errors::OrRaise;
 use crate::interrupt::interruptible;
@@ -52,12 +53,65 @@ pub(crate) fn list_devices(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyDict>>> {
     listed.iter().map(|info| describe(py, info)).collect()
 }
 
+fn seconds(timeout: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(timeout)
+        .map_err(|e| PyValueError::new_err(format!("timeout={timeout}: {e}")))
+}
+
 /// Stops a device, whoever serves it, and deletes it.
 #[pyfunction]
 pub(crate) fn delete(py: Python<'_>, id: u32, timeout: f64) -> PyResult<()> {
-    let within = Duration::try_from_secs_f64(timeout)
-        .map_err(|e| PyValueError::new_err(format!("timeout={timeout}: {e}")))?;
     let token = CancelToken::new();
-    let wait = Wait::for_(within).cancelled_by(&token);
+    let wait = Wait::for_(seconds(timeout)?).cancelled_by(&token);
     interruptible(py, &token, move || Control::open()?.delete(id, &wait))?.or_raise(py)
+}
+
+/// Takes a live device from its server, whoever that is.
+#[pyfunction]
+pub(crate) fn quiesce(py: Python<'_>, id: u32, timeout: f64) -> PyResult<()> {
+    let token = CancelToken::new();
+    let wait = Wait::for_(seconds(timeout)?).cancelled_by(&token);
+    let theirs = token.clone();
+    interruptible(py, &token, move || quiesce_until(&Control::open()?, id, &wait, &theirs))?
+        .or_raise(py)
+}
+
+/// How long the driver has for an answer.
+const SOON: Duration = Duration::from_secs(5);
+/// How long the driver looks for requests that are out before it says so.
+const LOOK_MS: u64 = 100;
+/// How often a device is looked at that its server has not let go of. Nothing tells of that.
+const STEP: Duration = Duration::from_millis(20);
+
+/// The driver takes idle requests from the server, and does not see others: it is asked until there are none.
+fn quiesce_until(
+    control: &Control,
+    id: u32,
+    wait: &Wait,
+    token: &CancelToken,
+) -> ublk_core::Result<()> {
+    loop {
+        // Not until the caller's deadline: its own wait is short, and what it has begun is known when it ends.
+        match control.quiesce_dev(id, LOOK_MS, &Wait::for_(SOON).cancelled_by(token)) {
+            Err(error) if !matches!(error.kind(), ErrorKind::Busy | ErrorKind::TimedOut) => {
+                return Err(error);
+            }
+            _ => {}
+        }
+        let again = Instant::now() + Duration::from_millis(LOOK_MS);
+        while Instant::now() < again {
+            if control.get_dev_info(id)?.state != DeviceState::Live {
+                return Ok(());
+            }
+            if wait.is_over() {
+                return Err(Error::new(ErrorKind::TimedOut, "quiesce the device")
+                    .on_device(id)
+                    .because("its server has not let go of it; new requests wait until it has")
+                    .remedy_is(
+                        "have its server answer the requests that it has, and call this again",
+                    ));
+            }
+            std::thread::sleep(STEP);
+        }
+    }
 }

@@ -265,6 +265,9 @@ fn python(
             None => {}
         }
     }
+    if calls.get().is_raw() && options.0.contains("zoned")? {
+        able = able | Capabilities::ZONED;
+    }
     if options.get::<Described>("integrity")?.is_some() {
         able = able | Capabilities::INTEGRITY;
     }

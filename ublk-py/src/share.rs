@@ -1,9 +1,11 @@
 //! Memory that a disk's clients share with its server.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use ublk_core::{Device, ErrorKind};
 
 use crate::errors::OrRaise;
 use crate::targets::parse_size;
@@ -24,7 +26,7 @@ use crate::targets::parse_size;
 /// >>> with mmap.mmap(buffer.fileno(), buffer.size) as memory:
 /// ...     memory[:4] = b"data"
 #[pyclass(frozen, module = "ublk")]
-pub(crate) struct SharedBuffer(pub(crate) ublk_core::SharedBuffer);
+pub(crate) struct SharedBuffer(pub(crate) Arc<ublk_core::SharedBuffer>);
 
 #[pymethods]
 impl SharedBuffer {
@@ -36,7 +38,7 @@ impl SharedBuffer {
             true => ublk_core::SharedBuffer::huge(size),
             false => ublk_core::SharedBuffer::new(size),
         });
-        Ok(SharedBuffer(made.or_raise(py)?))
+        Ok(SharedBuffer(Arc::new(made.or_raise(py)?)))
     }
 
     /// Memory of somebody else's: a memory file that is sealed against shrinking (``F_SEAL_SHRINK``). The descriptor
@@ -65,7 +67,7 @@ impl SharedBuffer {
         let theirs = unsafe { BorrowedFd::borrow_raw(fd) };
         let own = theirs.try_clone_to_owned()?;
         let made = py.detach(|| ublk_core::SharedBuffer::from_memfd(own, read_only));
-        Ok(SharedBuffer(made.or_raise(py)?))
+        Ok(SharedBuffer(Arc::new(made.or_raise(py)?)))
     }
 
     /// The memory file's descriptor, for ``mmap``, and for other processes by way of ``/proc/PID/fd/N``. It is closed with
@@ -88,5 +90,49 @@ impl SharedBuffer {
 
     fn __repr__(&self) -> String {
         format!("<ublk.SharedBuffer of {} bytes>", self.0.len())
+    }
+}
+
+/// A buffer that a device shares, on the way to whoever is to have its number: without one it is taken back.
+pub(crate) struct Sharing {
+    device: Device,
+    number: u16,
+    arrived: bool,
+}
+
+impl Sharing {
+    pub(crate) fn begin(
+        device: Device,
+        buffer: &ublk_core::SharedBuffer,
+    ) -> ublk_core::Result<Self> {
+        let number = device.share(buffer)?;
+        Ok(Sharing { device, number, arrived: false })
+    }
+
+    /// It stays shared.
+    pub(crate) fn number(mut self) -> u16 {
+        self.arrived = true;
+        self.number
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        if self.arrived {
+            return;
+        }
+        let (device, number) = (self.device.clone(), self.number);
+        let take_back = move || match device.unshare(number) {
+            // Its end is that of what it shares.
+            Err(error) if error.kind() != ErrorKind::WrongState => {
+                crate::log::complaint(format!("memory that nobody knows of stays shared: {error}"));
+            }
+            _ => {}
+        };
+        // The driver waits for requests, and whoever lost the number for nothing.
+        let spawned = std::thread::Builder::new().name("ublk-py-unshare".into()).spawn(take_back);
+        if let Err(error) = spawned {
+            crate::log::complaint(format!("no thread to take shared memory back: {error}"));
+        }
     }
 }

@@ -15,7 +15,7 @@ const WORDS: &[(&str, &str)] = &[
     ),
     (
         "zones are for a backend with the capability ZONED",
-        "zoned= is for a backend with report_zones()",
+        "zoned= is for a backend with report_zones(), or with handle()",
     ),
     (
         "a backend with INTEGRITY needs to know its metadata: Builder::integrity",

@@ -1,7 +1,7 @@
 //! The ready-made backends by calls on the caller's thread: for Python backends that wrap them, and for those of them that
 //! are put behind one another.
 
-use std::io;
+use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -48,6 +48,11 @@ impl Plain {
             size: file.size(),
             block: file.logical_block_size(),
         })
+    }
+
+    /// The file's bytes, now; a block device's, too. Nothing uses the position that this moves.
+    fn room(&self) -> io::Result<u64> {
+        (&self.file).seek(SeekFrom::End(0))
     }
 
     fn write(&self, data: &[u8], offset: u64, flags: RequestFlags) -> io::Result<()> {
@@ -105,8 +110,18 @@ impl Members {
 }
 
 impl Members {
+    /// Whole stripes on the least of the members, now.
+    fn room(&self) -> io::Result<u64> {
+        let rooms = self.files.iter().map(Plain::room).collect::<io::Result<Vec<_>>>()?;
+        let (least, count) = (rooms.iter().min().copied().unwrap_or(0), rooms.len() as u64);
+        let chunk = self.stripe.chunk();
+        Ok((least / chunk).saturating_mul(chunk.saturating_mul(count)))
+    }
+
     fn check(&self, offset: u64, len: u64) -> io::Result<()> {
-        match offset.checked_add(len).is_some_and(|end| end <= self.stripe.size()) {
+        let end = offset.checked_add(len).ok_or(Errno::EINVAL)?;
+        // Its files may have grown since they were opened.
+        match end <= self.stripe.size() || end <= self.room()? {
             true => Ok(()),
             false => Err(Errno::EINVAL.into()),
         }
@@ -146,6 +161,18 @@ impl Wrapped {
             Wrapped::Fault(fault) => fault.inner().size(),
             Wrapped::Cache(cache) => cache.inner().size(),
         }
+    }
+
+    /// The most bytes that a disk of it can have by now, files having grown. None of one that is as large as is wanted.
+    pub(crate) fn room(&self) -> io::Result<Option<u64>> {
+        Ok(match self {
+            Wrapped::Null => None,
+            Wrapped::Mem(mem) => Some(mem.size()),
+            Wrapped::File(file) => Some(file.room()?),
+            Wrapped::Stripe(members) => Some(members.room()?),
+            Wrapped::Fault(fault) => fault.inner().room()?,
+            Wrapped::Cache(cache) => cache.inner().room()?,
+        })
     }
 
     /// Whether files are read and written past the page cache.

@@ -35,7 +35,7 @@ from tests.py_guest.disks import (
 from ublk_rig.pyguest import NotRun, limit, threads_of_ours
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from types import FrameType
 
 # What "at once" is, where the calls would wait for a minute.
@@ -473,6 +473,120 @@ def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
     assert device.state == "stopped"
     ublk.recover(device.id, held).stop()
     assert ublk.list() == []
+
+
+def _held_read() -> tuple[FarHeld, ublk.Device, threading.Thread]:
+    """A device with a request that is not answered, and the client that waits for it."""
+    held = FarHeld()
+    held.closed = False
+    device = ublk.Device(held, prefer=["SHMEM_ZC"], recovery="wait").start()
+    return held, device, _reads(held, device)
+
+
+def _reads(held: FarHeld, device: ublk.Device) -> threading.Thread:
+    held.arrived.clear()
+    held.closed = True
+    client = threading.Thread(target=read_error, args=(device.path, FAR))
+    client.start()
+    held.arrived.wait(60)
+    return client
+
+
+def _let_go(held: FarHeld, client: threading.Thread) -> None:
+    held.closed = False
+    while held.requests:
+        held.requests.pop().complete()
+    client.join()
+
+
+def _in_a_while() -> Callable[[], None]:
+    began = time.monotonic()
+    return lambda: until(lambda: time.monotonic() > began + 0.2)
+
+
+@limit(60)
+def test_ctrl_c_while_memory_is_shared_and_no_more_shared() -> None:
+    needs("SHMEM_ZC")
+    buffer = ublk.SharedBuffer(MIB)
+    held, device, client = _held_read()
+    # It waits for the read.
+    with interrupted(_in_a_while()):
+        raised(KeyboardInterrupt, lambda: device.share(buffer))
+    _let_go(held, client)
+
+    # What was shared is taken back: it can be shared anew.
+    got: list[int] = []
+
+    def shared_anew() -> bool:
+        with contextlib.suppress(OSError):
+            got.append(device.share(buffer))
+        return bool(got)
+
+    until(shared_anew)
+    client = _reads(held, device)
+    with interrupted(_in_a_while()):
+        raised(KeyboardInterrupt, lambda: device.unshare(got[0]))
+    _let_go(held, client)
+    until(lambda: error_of(lambda: device.unshare(got[0])) == "ENOENT")
+    assert read(device.path) == bytes(BLOCK)
+    # One that the driver has let go on for as long as the device lives does not keep that from its end.
+    client = _reads(held, device)
+    with interrupted(_in_a_while()):
+        raised(KeyboardInterrupt, lambda: device.share(buffer))
+    device.stop_force(0.2)
+    client.join()
+    gone(device)
+
+
+async def _given_up(call: Coroutine[Any, Any, object]) -> None:
+    began = time.monotonic()
+    try:
+        await asyncio.wait_for(call, 0.2)
+    except TimeoutError:
+        assert time.monotonic() - began < AT_ONCE
+    else:
+        raise AssertionError("it did not wait for the request that is out")
+
+
+def test_a_cancelled_sharing_is_taken_back_and_does_not_wait() -> None:
+    needs("SHMEM_ZC")
+    buffer = ublk.SharedBuffer(MIB)
+    held, device, client = _held_read()
+
+    async def main() -> None:
+        nonlocal client
+        began = time.monotonic()
+        await _given_up(device.share_async(buffer))
+        _let_go(held, client)
+        got: list[int] = []
+        while not got:
+            with contextlib.suppress(OSError):
+                got = [await device.share_async(buffer)]
+            assert time.monotonic() - began < 20 * SCALE
+        client = await asyncio.to_thread(_reads, held, device)
+        await _given_up(device.unshare_async(got[0]))
+        _let_go(held, client)
+        # It is not taken back: the driver knows the number no more.
+        await asyncio.to_thread(until, lambda: error_of(lambda: device.unshare(got[0])) == "ENOENT")
+        # In time, it stays.
+        await device.unshare_async(await device.share_async(buffer))
+
+    asyncio.run(main())
+    device.stop()
+
+
+def test_ctrl_c_while_a_disk_is_taken_from_a_server_with_requests() -> None:
+    needs("QUIESCE")
+    held, device, client = _held_read()
+    with interrupted(_in_a_while()):
+        raised(KeyboardInterrupt, lambda: ublk.quiesce(device.id, 60))
+    assert device.state == "live"
+    _let_go(held, client)
+    ublk.quiesce(device.id)
+    assert device.wait(10)
+    device.stop()
+    with ublk.recover(device.id, held) as device:
+        assert read(device.path) == bytes(BLOCK)
 
 
 def test_a_cancelled_start_and_a_cancelled_stop_do_not_wait() -> None:

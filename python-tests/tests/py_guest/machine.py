@@ -1,19 +1,19 @@
-"""The machine's devices, those that change servers, the ready-made backends, and zoned disks."""
+"""The machine's devices, those whose server is gone, the ready-made backends, and zoned disks."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import gc
+import mmap
 import os
 import signal
 import subprocess
 import tempfile
 import threading
-import warnings
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ublk
 from tests.py_guest.disks import (
@@ -22,19 +22,17 @@ from tests.py_guest.disks import (
     Ram,
     error_of,
     gone,
-    has,
     needs,
     opened,
     raised,
     read,
     read_at,
-    read_error,
-    sysfs,
     together,
     until,
     write,
     write_at,
 )
+from ublk_rig.pyguest import NotRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,59 +134,6 @@ class OnFile(Ram):
 
     def zero(self, count: int, offset: int) -> None:
         os.pwrite(self._fd, bytes(count), offset)
-
-
-class Later(Ram):
-    """On a loop."""
-
-    async def pread(self, buf: memoryview, offset: int) -> None:  # type: ignore[override]
-        Ram.pread(self, buf, offset)
-
-
-def test_a_disk_is_handed_over_under_its_users() -> None:
-    if not has("QUIESCE"):
-        device = ublk.Device(Ram(), recovery="wait").start()
-        error = raised(OSError, device.hand_over)
-        assert isinstance(error, OSError)
-        # It goes on.
-        assert read_error(device.path) is None
-        device.stop()
-        return
-    backend = Later()
-    device = ublk.Device(backend, recovery="wait").start()
-    with opened(device.path) as fd:
-        for turn in range(4):
-            write_at(fd, turn * BLOCK, bytes([turn]) * BLOCK)
-            (device.hand_over if turn % 2 else device.quiesce)()
-            assert device.state == "stopped"
-            raised(ublk.StateError, device.hand_over)
-            assert device.wait() is True
-            device = ublk.recover(device.id, backend)
-            assert read_at(fd, turn * BLOCK) == bytes([turn]) * BLOCK
-    raised(ublk.StateError, ublk.Device(backend).hand_over)
-    device.stop()
-    plain = ublk.Device(Ram()).start()
-    raised(OSError, plain.hand_over, "USER_RECOVERY")
-    assert read_error(plain.path) is None
-    plain.stop()
-
-
-def test_resize() -> None:
-    backend = Ram(4 * MIB)
-    with ublk.Device(backend, size=MIB) as device:
-        if not has("UPDATE_SIZE"):
-            raised(OSError, lambda: device.resize(2 * MIB))
-            return
-        with opened(device.path) as fd:
-            device.resize("2MiB")
-            assert device.size == 2 * MIB
-            assert os.lseek(fd, 0, os.SEEK_END) == 2 * MIB
-            write_at(fd, 2 * MIB - BLOCK, b"e" * BLOCK)
-            device.resize(MIB)
-            assert os.lseek(fd, 0, os.SEEK_END) == MIB == device.info.size
-        for wrong in (0, -1, 1000, "x"):
-            raised(ValueError, lambda wrong=wrong: device.resize(wrong))
-        assert device.size == MIB
 
 
 def _check(backend: object, size: int) -> None:
@@ -325,7 +270,8 @@ class Zones:
 
     def __init__(self) -> None:
         self.size = self.ZONE * self.COUNT
-        self.data = bytearray(self.size)
+        # Its pages come as they are written.
+        self.data = mmap.mmap(-1, self.size)
         self.pointers = [i * self.ZONE for i in range(self.COUNT)]
         self.state = ["no-write-pointer"] + ["empty"] * (self.COUNT - 1)
         self.actions: list[tuple[str, int]] = []
@@ -397,6 +343,42 @@ class ZonesLater(Zones):
         return Zones.report_zones(self, offset, count)
 
 
+class RawZones:
+    """The requests of such a disk themselves."""
+
+    def __init__(self, zones: Zones) -> None:
+        self.size = zones.size
+        self.zones = zones
+        self.actions = zones.actions
+
+    def handle(self, request: ublk.Request) -> None:
+        request.complete(self._answer(request))
+
+    def _answer(self, request: ublk.Request) -> Any:
+        if request.op in {"read", "write", "append"}:
+            assert request.buffer is not None
+        match request.op:
+            case "read":
+                return self.zones.pread(request.buffer, request.offset)  # type: ignore[arg-type]
+            case "write":
+                return self.zones.pwrite(request.buffer, request.offset)  # type: ignore[arg-type]
+            case "append":
+                return self.zones.append(request.buffer, request.offset)  # type: ignore[arg-type]
+            case "report_zones":
+                return self.zones.report_zones(request.offset, request.zones)
+            case "flush":
+                return None
+            case action:
+                return self.zones.zone(action, request.offset)
+
+
+class RawZonesLater(RawZones):
+    """On a loop."""
+
+    async def handle(self, request: ublk.Request) -> None:  # type: ignore[override]
+        RawZones.handle(self, request)
+
+
 def _zones(path: str, action: str, *more: str) -> str:
     done = subprocess.run(["blkzone", action, *more, path], check=True, capture_output=True, text=True)
     return done.stdout
@@ -405,8 +387,15 @@ def _zones(path: str, action: str, *more: str) -> str:
 def test_zoned_disks() -> None:
     needs("ZONED")
     shape = ublk.Zoned(zone_size=MIB, max_open=4, max_active=4)
-    for backend, options in ((Zones(), {}), (Zones(), {"threads": 2}), (ZonesLater(), {})):
-        with ublk.Device(backend, zoned=shape, data_path="user-copy", **options) as device:  # type: ignore[arg-type]
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        (Zones(), {}),
+        (Zones(), {"threads": 2}),
+        (ZonesLater(), {}),
+        (RawZones(Zones()), {"cache": True}),
+        (RawZonesLater(Zones()), {}),
+    ]
+    for backend, options in cases:
+        with ublk.Device(backend, zoned=shape, data_path="user-copy", **options) as device:
             base = Path(f"/sys/block/ublkb{device.id}/queue")
             assert (base / "zoned").read_text().strip() == "host-managed"
             assert (base / "nr_zones").read_text().strip() == "8"
@@ -429,6 +418,50 @@ def test_zoned_disks() -> None:
         write(device.path, MIB, b"m" * BLOCK)
         assert read(device.path, MIB) == b"m" * BLOCK
     raised(ValueError, lambda: ublk.ZonedMem("8MiB", "3MiB"))
+    raised(ValueError, lambda: ublk.Device(ublk.Mem("8MiB"), zoned=shape), "report_zones()", "handle()")
+    raised(ValueError, lambda: ublk.Device(RawZones(Zones()), zoned=ublk.Zoned(3 * MIB)))
+
+
+class ManyZones(Zones):
+    """As many as btrfs wants at least, and as large."""
+
+    ZONE = 4 * MIB
+    COUNT = 80
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.appended = 0
+
+    def append(self, buf: memoryview, zone: int) -> int:
+        self.appended += 1
+        return super().append(buf, zone)
+
+
+def test_an_append_went_where_a_raw_backend_says() -> None:
+    needs("ZONED")
+    subprocess.run(["modprobe", "-q", "btrfs"], check=False)
+    if "btrfs" not in Path("/proc/filesystems").read_text():
+        raise NotRun("this kernel has no btrfs, which appends")
+    zones, data = ManyZones(), os.urandom(400_003)
+    shape = ublk.Zoned(zone_size=4 * MIB)
+    device = ublk.Device(RawZones(zones), zoned=shape, block_size=4096, data_path="user-copy", cache=True)
+    with device, tempfile.TemporaryDirectory() as folder:
+        made = ["mkfs.btrfs", "-q", "-K", "-O", "zoned", "-d", "single", "-m", "single", device.path]
+        subprocess.run(made, check=True, capture_output=True)
+        for turn in range(2):
+            subprocess.run(["mount", device.path, folder], check=True)
+            try:
+                if turn == 0:
+                    Path(folder, "file").write_bytes(data)
+                else:
+                    # Nothing is cached any more.
+                    assert Path(folder, "file").read_bytes() == data
+            finally:
+                subprocess.run(["umount", folder], check=True)
+        total = device.stats().total
+        assert zones.appended == total.append.completed > 0
+        assert (total.append.errors, total.write.errors, total.rejected) == (0, 0, 0)
+        assert total.append.bytes >= len(data)
 
 
 def test_raw_requests_are_completed_from_anywhere() -> None:
@@ -498,78 +531,3 @@ def test_raw_requests_are_completed_from_anywhere() -> None:
                 raw.arrived.notify_all()
             for thread in threads:
                 thread.join()
-
-
-def test_a_device_is_halted_and_started_again() -> None:
-    if not has("IO_DESC_SIZE"):
-        with ublk.Device(Ram()) as device:
-            # It goes on.
-            raised(OSError, device.halt, "7.3", "make a new one")
-            assert read_error(device.path) is None
-        return
-    for kind, options in ((Ram, {"threads": 2}), (Later, {}), (Ram, {"recovery": "wait", "fingerprint": 5})):
-        backend = kind()
-        with ublk.Device(backend, id=7, depth=16, **options) as device:  # type: ignore[arg-type]
-            node, features = os.stat("/dev/ublkc7").st_ino, device.features
-            for turn in range(3):
-                write(device.path, turn * BLOCK, bytes([turn + 1]) * BLOCK)
-                device.halt()
-                assert device.state == "halted"
-                assert not os.path.exists(device.path)
-                # The device is the same one all the time.
-                assert os.stat("/dev/ublkc7").st_ino == node
-                assert [(info.id, info.state, info.size) for info in ublk.list()] == [(7, "dead", None)]
-                assert (device.id, device.features) == (7, frozenset())
-                assert device.stats().total.write.completed == 1
-                assert device.wait()
-                for call in (device.halt, lambda: device.info, lambda: device.resize(MIB)):
-                    raised(ublk.StateError, call)
-                assert device.start() is device
-                assert (device.features, device.info.depth) == (features, 16)
-                assert device.stats().total.write.completed == 0
-                assert read(device.path, turn * BLOCK) == bytes([turn + 1]) * BLOCK
-            # In use, it goes on.
-            with opened(device.path) as fd:
-                raised(TimeoutError, lambda: device.halt(0.2), str(os.getpid()))
-                assert read_at(fd, 0) == bytes([1]) * BLOCK
-            # What is described anew need not fit.
-            device.halt()
-            device.describe(Ram(2 * MIB), require=["NO_AUTO_PART_SCAN"])
-            raised(OSError, device.start, "NO_AUTO_PART_SCAN")
-            assert device.state == "halted"
-            device.describe(Ram(2 * MIB), block_size=4096, queues=4)
-            device.start()
-            assert (device.size, sysfs(device, "logical_block_size"), device.info.queues) == (2 * MIB, "4096", 1)
-            write(device.path, MIB, b"z" * BLOCK)
-        gone(device)
-        assert device.state == "stopped"
-        raised(ublk.StateError, device.start)
-    # Nor what the driver granted: it would copy to one worker's buffers what another one takes.
-    with ublk.Device(Ram(), batch=True) as device:
-        device.halt()
-        device.describe(Ram(), workers_per_queue=2)
-        raised(ValueError, device.start, "the driver does not copy")
-        assert device.state == "halted"
-        device.describe(Ram())
-        device.start()
-        write(device.path, 0, b"y" * BLOCK)
-        assert read(device.path, 0) == b"y" * BLOCK
-    # A device that is halted is deleted by a stop, and with its object.
-    device = ublk.Device(Ram()).start()
-    device.halt()
-    device.stop()
-    assert (ublk.list(), device.state) == ([], "stopped")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        _halted_and_lost()
-        gc.collect()
-    assert [w.category for w in caught] == [ResourceWarning]
-    # The warning has the device.
-    caught.clear()
-    gc.collect()
-    until(lambda: not ublk.list())
-
-
-def _halted_and_lost() -> None:
-    device = ublk.Device(ublk.Mem(MIB)).start()
-    device.halt()

@@ -170,20 +170,25 @@ def test_recovery_options_ask_for_their_features() -> None:
             assert {n for n in device.features if "RECOVERY" in n} == names
 
 
-def test_threads_workers_and_affinity() -> None:
+def test_threads_workers_and_pinning() -> None:
     def named(start: str) -> list[int]:
-        return [task for task, name in tasks().items() if name.startswith(start)]
+        found = {task for task, name in tasks().items() if name.startswith(start)} - former
+        former.update(found)
+        return sorted(found)
 
+    # Of devices before, which had the same number: a stop does not wait for the last instructions of a worker's thread.
+    former = set(tasks())
     with ublk.Device(Ram(), threads=5, queues=1) as device:
         assert sum(re.fullmatch(r"ublk-py-\d", name) is not None for name in tasks().values()) == 5
+        assert len(named(f"ublk{device.id}-q")) == 1
         read(device.path)
     all_cpus = os.sched_getaffinity(0)
     queues = len(all_cpus)
-    for affinity in (True, False):
-        with ublk.Device(Ram(), queues=queues, affinity=affinity) as device:
+    for pin in (True, False):
+        with ublk.Device(Ram(), queues=queues, pin=pin) as device:
             masks = [os.sched_getaffinity(task) for task in named(f"ublk{device.id}-q")]
             assert len(masks) == queues
-            if affinity:
+            if pin:
                 assert set.union(*masks) == all_cpus
                 assert queues == 1 or all(len(mask) < len(all_cpus) for mask in masks)
             else:
@@ -352,8 +357,8 @@ SHOWN: dict[str, str] = {
     "id": "options.test_queues_depth_id_and_fingerprint",
     "threads": "contract.test_sync_handlers_run_one_at_a_time_per_queue_and_threads_overlap_them",
     "workers": "options.test_a_pool_of_workers_is_shared_by_python_and_native_devices",
-    "workers_per_queue": "options.test_threads_workers_and_affinity",
-    "affinity": "options.test_threads_workers_and_affinity",
+    "workers_per_queue": "options.test_threads_workers_and_pinning",
+    "pin": "options.test_threads_workers_and_pinning",
     "populate": "options.test_memory_options",
     "huge_pages": "options.test_memory_options",
     "dma_alignment": "options.test_limits_of_segments_and_alignment",

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import stat
 import subprocess
 import traceback
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 OWNER, STRANGER, GROUP = 1000, 1001, 1000
+CONTROL = "/dev/ublk-control"
 RULES = Path("/etc/udev/rules.d/80-ublk.rules")
 HELPER = Path("/usr/lib/udev/ublk_chown")
 # In place of the helper of docs/unprivileged.md, a program in Rust that has to be built: it has a process that is there
@@ -49,9 +51,10 @@ def _give() -> None:
 @contextlib.contextmanager
 def _udev() -> Iterator[None]:
     """Runs udev with our rules, and a group for those who may make devices."""
-    groups = Path("/etc/group")
-    if "\nublk:" not in groups.read_text():
-        groups.write_text(groups.read_text() + f"ublk:x:{GROUP}:\n")
+    groups, node = Path("/etc/group"), os.stat(CONTROL)
+    before = groups.read_text()
+    if "\nublk:" not in before:
+        groups.write_text(before + f"ublk:x:{GROUP}:\n")
     RULES.parent.mkdir(parents=True, exist_ok=True)
     RULES.write_bytes((layout.TREE / "udev/80-ublk.rules").read_bytes())
     HELPER.write_text(CHOWN)
@@ -77,6 +80,9 @@ def _udev() -> Iterator[None]:
         NAMES.unlink()
         RULES.unlink()
         HELPER.unlink()
+        groups.write_text(before)
+        os.chown(CONTROL, node.st_uid, node.st_gid)
+        os.chmod(CONTROL, stat.S_IMODE(node.st_mode))
 
 
 def _as_user(user: int, call: Callable[[], None]) -> None:
@@ -190,7 +196,7 @@ def test_a_users_disk_is_nobody_elses() -> None:
         with os.fdopen(up[0]) as said:
             number = int(said.readline())
         # What keeps the stranger out is not the control node.
-        os.chmod("/dev/ublk-control", 0o666)  # noqa: S103
+        os.chmod(CONTROL, 0o666)  # noqa: S103
         _as_user(STRANGER, stranger)
         # Root sees whose it is.
         assert [(info.id, info.owner) for info in ublk.list()] == [(number, (OWNER, GROUP))]

@@ -24,7 +24,7 @@ pub enum Holder {
     Claim(String),
     /// Swap on the disk.
     Swap,
-    /// The driver says that the disk is open; by whom cannot be seen from here (another namespace,
+    /// The kernel says that the disk is open, or claimed; by whom cannot be seen from here (another namespace,
     /// a missing privilege, or the kernel itself, which reads a new disk's partition table).
     Unseen,
 }

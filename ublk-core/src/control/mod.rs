@@ -30,6 +30,7 @@ mod params;
 mod params_integrity;
 mod params_wire;
 mod pool;
+pub(crate) mod probe;
 mod rules;
 pub(crate) mod wait;
 

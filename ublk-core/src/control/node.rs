@@ -181,7 +181,7 @@ fn open(path: &Path, number: &Path, flags: i32) -> Result<OwnFd, Failure> {
 }
 
 /// Reads `major:minor` as sysfs says it.
-fn device_number(path: &Path) -> Option<libc::dev_t> {
+pub(super) fn device_number(path: &Path) -> Option<libc::dev_t> {
     let text = fs::read_to_string(path).ok()?;
     let (major, minor) = text.trim().split_once(':')?;
     Some(libc::makedev(major.parse().ok()?, minor.parse().ok()?))

@@ -1,4 +1,4 @@
-//! A character device's node for one open, in a directory that only this user can enter.
+//! A device's node for an open, in a directory that only this user can enter.
 
 use std::ffi::CString;
 use std::io;
@@ -12,12 +12,21 @@ pub(crate) struct PrivateNode {
 }
 
 impl PrivateNode {
+    /// Of a character device.
+    pub(crate) fn new(number: libc::dev_t) -> io::Result<Self> {
+        Self::make(libc::S_IFCHR, number)
+    }
+
+    pub(crate) fn of_block_device(number: libc::dev_t) -> io::Result<Self> {
+        Self::make(libc::S_IFBLK, number)
+    }
+
     /// Makes the node. File systems for temporary files are often mounted `nodev`, so that a node
     /// there does not open; `/dev` and `/run` are tried as well.
-    pub(crate) fn new(number: libc::dev_t) -> io::Result<Self> {
+    fn make(kind: libc::mode_t, number: libc::dev_t) -> io::Result<Self> {
         let mut last = io::Error::from_raw_os_error(libc::ENOENT);
         for parent in [Path::new("/dev"), Path::new("/run"), &std::env::temp_dir()] {
-            match Self::make_in(parent, number) {
+            match Self::make_in(parent, kind, number) {
                 Ok(node) => return Ok(node),
                 Err(e) => last = e,
             }
@@ -25,7 +34,7 @@ impl PrivateNode {
         Err(last)
     }
 
-    fn make_in(parent: &Path, number: libc::dev_t) -> io::Result<Self> {
+    fn make_in(parent: &Path, kind: libc::mode_t, number: libc::dev_t) -> io::Result<Self> {
         let template = parent.join(".ublk-XXXXXX");
         let mut template = CString::new(template.as_os_str().as_bytes())?.into_bytes_with_nul();
         // SAFETY: `template` is a NUL-terminated string of ours that ends in six X, which mkdtemp
@@ -39,7 +48,7 @@ impl PrivateNode {
         let this = PrivateNode { node: dir.join("node"), dir };
         let path = CString::new(this.node.as_os_str().as_bytes())?;
         // SAFETY: `path` is a NUL-terminated string that lives across the call.
-        if unsafe { libc::mknod(path.as_ptr(), libc::S_IFCHR | 0o600, number) } != 0 {
+        if unsafe { libc::mknod(path.as_ptr(), kind | 0o600, number) } != 0 {
             return Err(io::Error::last_os_error());
         }
         if is_nodev(&path)? {

@@ -177,6 +177,9 @@ impl Life {
     /// knows nothing and need not. But once the driver was asked to forget it, it has to come back from that before the
     /// device is closed: it waits for requests, with the device's lock held.
     fn unshare_before_reissue(&self) -> Result<()> {
+        if self.shared.is_empty() {
+            return Ok(());
+        }
         let soon = Instant::now() + PATIENCE;
         match self.wait_answered_requests(&Wait::until(soon)) {
             true => self.unshare_all(soon + PATIENCE),

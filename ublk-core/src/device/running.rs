@@ -147,7 +147,8 @@ impl Device {
     /// (see [`Ending`]): of that, this only says how it ended.
     ///
     /// On drivers without [`SAFE_STOP_DEV`](Features::SAFE_STOP_DEV) (before Linux 7) the users are those that
-    /// this process can see in `/proc` and `/sys`, and one that comes at the last moment loses the disk.
+    /// this process can see in `/proc` and `/sys`, and mounts and other claims that it cannot see; one that comes at the
+    /// last moment loses the disk.
     ///
     /// # Errors
     ///
@@ -250,8 +251,9 @@ impl Running {
     /// Counters begin at zero again; handles of the device from before say [`Ending::Stopped`]. Memory that was
     /// [shared](Device::share) is shared no more.
     ///
-    /// Somebody who opens the disk at the last moment loses it, on every driver: the command that looks and stops
-    /// at once would keep the disk's users out of its next life, if they are not privileged.
+    /// Somebody who opens the disk at the last moment loses it, on every driver, and so does a process that `/proc` does
+    /// not show and that has merely opened it (a mount that is not to be seen counts): the command that looks and stops at
+    /// once would keep the disk's users out of its next life, if they are not privileged.
     ///
     /// # Errors
     ///

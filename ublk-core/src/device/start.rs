@@ -322,7 +322,10 @@ impl Rise<'_> {
                     .lock()
                     .unwrap_or_else(std::sync::PoisonError::into_inner)
                     .integrity(),
-                meter: Arc::new(Meter::new(info.queue_depth)),
+                meter: Arc::new(Meter::new(
+                    info.queue_depth,
+                    info.features.contains(Features::UNPRIVILEGED_DEV),
+                )),
                 events: Arc::clone(life) as Arc<dyn Events>,
             })
         };

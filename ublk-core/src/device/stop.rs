@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
 use crate::control::node_watch::Watch;
+use crate::control::probe::Probe;
 use crate::control::{DeviceState, Features, Holder, Wait};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -128,8 +129,9 @@ impl Life {
     /// kernel can do that.
     pub(super) fn stop_when_free(&self, wait: &Wait, for_good: bool) -> Result<()> {
         let id = self.info.id;
+        let mut probe = Probe::new(id, &self.path);
         if !self.wait_answered_requests(wait) && !self.lock().has_failed() {
-            let holders = self.disk_holders();
+            let holders = self.all_holders(&mut probe);
             if !holders.is_empty() {
                 return Err(self.busy(holders));
             }
@@ -166,7 +168,7 @@ impl Life {
                     Err(e) => return Err(e),
                 }
             } else {
-                self.disk_holders()
+                self.all_holders(&mut probe)
             };
             if holders.is_empty() {
                 return Ok(());
@@ -191,6 +193,16 @@ impl Life {
     fn disk_holders(&self) -> Vec<Holder> {
         let mut holders = self.control.holders(self.info.id);
         holders.retain(|h| !matches!(h, Holder::Process { disk: false, .. }));
+        holders
+    }
+
+    /// Who holds the disk, or that somebody does. Only he is missed who has merely opened it, where `/proc` does not
+    /// show him.
+    fn all_holders(&self, probe: &mut Probe) -> Vec<Holder> {
+        let mut holders = self.disk_holders();
+        if holders.is_empty() && probe.is_claimed(PATIENCE) {
+            holders.push(Holder::Unseen);
+        }
         holders
     }
 

@@ -107,7 +107,7 @@ fn look_after(life: &Life) {
         let limits = Limits::read(&path);
         next = STEP;
         for queue in life.queues() {
-            let Some(age) = queue.meter.in_flight(Stamp::now()).1 else { continue };
+            let Some(age) = queue.meter.oldest(Stamp::now()) else { continue };
             if age >= limits.condemn {
                 tracing::error!(
                     device = id,

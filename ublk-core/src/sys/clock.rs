@@ -29,6 +29,12 @@ impl Stamp {
         (raw != 0).then_some(Stamp(raw))
     }
 
+    /// The stamp of that long before.
+    pub(crate) fn before(self, by: Duration) -> Self {
+        let by = u64::try_from(by.as_nanos()).unwrap_or(u64::MAX);
+        Stamp(self.0.saturating_sub(by).max(1))
+    }
+
     /// How long ago `earlier` was; zero if it was not.
     pub(crate) fn since(self, earlier: Stamp) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))

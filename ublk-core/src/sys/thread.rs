@@ -22,6 +22,23 @@ pub(crate) fn spawn<T: Send + 'static>(
     })
 }
 
+/// Starts a thread with a table of files of its own, which is empty: no child that is forked meanwhile has part in what
+/// the body opens. The body brings no descriptor along, and says nothing: it has no standard error either.
+pub(crate) fn spawn_apart(name: String, body: impl FnOnce() + Send + 'static) -> Result<()> {
+    let apart = || {
+        let (first, last) = (0, libc::c_uint::MAX);
+        // SAFETY: integers. The process's table stays as it is: the thread leaves it and takes nothing along, and none
+        // of its code has used a descriptor so far.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, libc::CLOSE_RANGE_UNSHARE) == 0 }
+    };
+    spawn(name, move || {
+        if apart() {
+            body();
+        }
+    })
+    .map(drop)
+}
+
 struct SignalsBlocked(libc::sigset_t);
 
 impl SignalsBlocked {
@@ -152,6 +169,28 @@ pub(crate) fn pin(cpus: &[u32]) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "Miri has no close_range")]
+    fn a_thread_apart_has_no_files_of_the_process_and_gives_it_none() {
+        let ours = std::fs::File::open("/dev/null").unwrap();
+        let number = ours.as_raw_fd();
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        spawn_apart("apart".into(), move || {
+            let theirs = std::fs::File::open("/dev/zero").unwrap();
+            // SAFETY: F_GETFD takes no pointer.
+            let is_there = unsafe { libc::fcntl(number, libc::F_GETFD) >= 0 };
+            tell.send((theirs.as_raw_fd(), is_there)).unwrap();
+            let _ = ended.recv();
+        })
+        .unwrap();
+        assert_eq!(told.recv().unwrap(), (0, false), "the first of an empty table");
+        let zero = std::path::Path::new("/proc/self/fd/0");
+        assert_ne!(std::fs::read_link(zero).ok(), Some("/dev/zero".into()));
+        drop(end);
+        ours.metadata().unwrap();
+    }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no signal masks")]

@@ -132,6 +132,11 @@ pub(crate) struct Core {
     admitted: u32,
     /// Queues whose requests come and go in batches.
     batched: u32,
+    /// Queues whose driver punishes requests that take long.
+    punished: u32,
+    /// While there are such: when completions were last collected, and how long before the last enter that was.
+    reaped: Stamp,
+    lag: Duration,
     files: Vec<bool>,
     /// Which places of the table of buffers are taken; empty while there is no table.
     buffers: Vec<bool>,
@@ -158,6 +163,9 @@ impl Core {
             finished: Vec::new(),
             admitted: 0,
             batched: 0,
+            punished: 0,
+            reaped: Stamp::now(),
+            lag: Duration::ZERO,
             files: vec![false; size.files as usize],
             buffers: Vec::new(),
             shared: size.shared,
@@ -271,6 +279,12 @@ impl Core {
         }
         self.take_places(&queue, true);
         self.batched += u32::from(queue.batch().is_some());
+        if queue.is_punished() {
+            if self.punished == 0 {
+                self.reaped = self.clock.now();
+            }
+            self.punished += 1;
+        }
         self.admitted += u32::from(depth);
         self.queues[key as usize] = Some(queue);
         // The fetches have to reach the kernel before START can end; their completions are not waited for.
@@ -370,6 +384,7 @@ impl Core {
             batch.free(&self.ring);
             self.batched -= 1;
         }
+        self.punished -= u32::from(queue.is_punished());
         if let Some(file) = queue.commands().file() {
             self.ring.unregister_file(file);
             self.files[file as usize] = false;
@@ -535,10 +550,21 @@ impl Core {
         !self.backlog.is_empty() || !self.parked.is_empty() || !self.settled.is_empty()
     }
 
+    /// Before an enter whose completions will be collected: what has come since the last time has waited for this long
+    /// at most, as it ends the enter at once; what comes during it has not waited.
+    pub(crate) fn note_lag(&mut self) {
+        self.lag = match self.punished {
+            0 => Duration::ZERO,
+            _ => self.clock.now().since(self.reaped),
+        };
+    }
+
     /// Collects what has completed.
     pub(crate) fn reap(&mut self, harvest: &mut Harvest) {
         harvest.wakers.append(&mut self.parked);
-        let mut now = None;
+        let mut now = (self.punished > 0).then(|| self.clock.now());
+        self.reaped = now.unwrap_or(self.reaped);
+        let lag = self.lag;
         let mut idle = false;
         let Core { ring, queues, operations, settled, bell_armed, idle_armed, clock, .. } = self;
         let mut again = Vec::new();
@@ -554,7 +580,7 @@ impl Core {
                     Arrived::NeedsBuffer => again.extend(queue.needs_buffer(tag)),
                     Arrived::Request => {
                         let now = *now.get_or_insert_with(|| clock.now());
-                        match queue.arrived(tag, now) {
+                        match queue.arrived(tag, now, lag) {
                             Ok(request) => harvest.requests.push((key, request)),
                             Err(slot) => settled.extend(slot),
                         }
@@ -577,7 +603,7 @@ impl Core {
                 again.extend(fetched.again);
                 for tag in tags.drain(..) {
                     let now = *now.get_or_insert_with(|| clock.now());
-                    match queue.arrived(tag, now) {
+                    match queue.arrived(tag, now, lag) {
                         Ok(request) => harvest.requests.push((key, request)),
                         Err(slot) => settled.extend(slot),
                     }

@@ -110,6 +110,33 @@ impl Mailbox {
         messages.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
+    /// Whether the worker should look for messages.
+    #[inline]
+    pub(crate) fn has_messages(&self) -> bool {
+        self.has_messages.load(Ordering::Relaxed)
+    }
+
+    /// Takes what can be done while a turn's requests are being handed out: revocations, unless one is of a device
+    /// whose queue is still to be taken in.
+    pub(crate) fn take_revocations(&self) -> Vec<Message> {
+        let mut messages = self.messages.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(list) = messages.as_mut() else { return Vec::new() };
+        let mut attached = Vec::new();
+        let (taken, left) = std::mem::take(list).into_iter().partition(|message| match message {
+            Message::Attach(start, _) => {
+                attached.push(start.device);
+                false
+            }
+            Message::Revoke { device } | Message::RevokeOlder { device, .. } => {
+                !attached.contains(device)
+            }
+            Message::Abandon | Message::End => false,
+        });
+        *list = left;
+        self.has_messages.store(!list.is_empty(), Ordering::Relaxed);
+        taken
+    }
+
     /// The worker wants to sleep: whether there is nothing to do. Followed by [`awake`](Self::awake).
     pub(crate) fn may_sleep(&self) -> bool {
         self.bell.fall_asleep();
@@ -143,5 +170,38 @@ impl Mailbox {
     /// What the worker reads from in its ring.
     pub(crate) fn event_fd(&self) -> Option<RawFd> {
         self.event.as_ref().map(AsRawFd::as_raw_fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn revocations_are_taken_alone_and_what_is_left_is_not_forgotten() {
+        let mailbox = Mailbox::detached();
+        assert!(!mailbox.has_messages());
+        let age = Duration::from_secs(1);
+        let all =
+            [Message::RevokeOlder { device: 1, age }, Message::End, Message::Revoke { device: 2 }];
+        for message in all {
+            assert!(mailbox.send(message).is_ok());
+        }
+        let taken = mailbox.take_revocations();
+        assert!(
+            matches!(
+                taken[..],
+                [Message::RevokeOlder { device: 1, .. }, Message::Revoke { device: 2 }]
+            ),
+            "in their order"
+        );
+        assert!(mailbox.has_messages());
+        assert!(mailbox.take_revocations().is_empty());
+        assert!(matches!(mailbox.take_messages()[..], [Message::End]));
+        assert!(!mailbox.has_messages());
+        assert!(mailbox.send(Message::Revoke { device: 0 }).is_ok());
+        assert_eq!(mailbox.take_revocations().len(), 1);
+        assert!(!mailbox.has_messages());
     }
 }

@@ -99,10 +99,15 @@ pub(crate) struct Meter {
     pub(crate) unregistered: Counter,
     /// When the request of each tag arrived; 0 while the tag is with the kernel.
     started: Box<[AtomicU64]>,
+    /// Where the driver punishes what takes long: the earliest that it can have begun to count, which is while the worker
+    /// was busy with what came before. Otherwise empty.
+    counted: Box<[AtomicU64]>,
 }
 
 impl Meter {
-    pub(crate) fn new(depth: u16) -> Self {
+    /// `punished`: the age of requests matters to the driver.
+    pub(crate) fn new(depth: u16, punished: bool) -> Self {
+        let stamps = |count| (0..count).map(|_| AtomicU64::new(0)).collect();
         Meter {
             ops: std::array::from_fn(|_| OpMeter::new()),
             dropped: Counter::default(),
@@ -111,7 +116,8 @@ impl Meter {
             refused: Counter::default(),
             rejected: Counter::default(),
             unregistered: Counter::default(),
-            started: (0..depth).map(|_| AtomicU64::new(0)).collect(),
+            started: stamps(depth),
+            counted: stamps(if punished { depth } else { 0 }),
         }
     }
 
@@ -119,8 +125,17 @@ impl Meter {
         &self.ops[kind(op)]
     }
 
-    pub(crate) fn arrived(&self, tag: u16, now: Stamp) {
+    /// Whether the age of requests matters to the driver.
+    pub(crate) fn is_punished(&self) -> bool {
+        !self.counted.is_empty()
+    }
+
+    /// A request was found that may have waited for `lag`.
+    pub(crate) fn arrived(&self, tag: u16, now: Stamp, lag: Duration) {
         self.started[usize::from(tag)].store(now.raw(), Ordering::Relaxed);
+        if let Some(counted) = self.counted.get(usize::from(tag)) {
+            counted.store(now.before(lag).raw(), Ordering::Relaxed);
+        }
     }
 
     /// The request of `tag` ends: `bytes` of it, or an error.
@@ -138,6 +153,9 @@ impl Meter {
             meter.latency[bucket(took)].add(1);
         }
         started.store(0, Ordering::Relaxed);
+        if let Some(counted) = self.counted.get(usize::from(tag)) {
+            counted.store(0, Ordering::Relaxed);
+        }
     }
 
     /// What is out now, to be compared with later.
@@ -151,10 +169,17 @@ impl Meter {
         now.zip(&then.0).any(|(now, then)| now != 0 && now == *then)
     }
 
-    /// How long the request of `tag` is out; `None` while the tag is with the kernel.
+    /// How long the driver has counted at most against the request of `tag`; `None` while the tag is with the kernel, or
+    /// nobody counts.
     pub(crate) fn age(&self, tag: u16, now: Stamp) -> Option<Duration> {
-        let started = self.started.get(usize::from(tag))?.load(Ordering::Relaxed);
-        Some(now.since(Stamp::from_raw(started)?))
+        let counted = self.counted.get(usize::from(tag))?.load(Ordering::Relaxed);
+        Some(now.since(Stamp::from_raw(counted)?))
+    }
+
+    /// The greatest [`age`](Self::age).
+    pub(crate) fn oldest(&self, now: Stamp) -> Option<Duration> {
+        let counted = self.counted.iter().map(|s| s.load(Ordering::Relaxed));
+        Some(now.since(counted.filter_map(Stamp::from_raw).min()?))
     }
 
     /// Requests that are with the backend, and the age of the oldest.
@@ -244,17 +269,17 @@ mod tests {
 
     #[test]
     fn a_queue_counts_what_it_served_and_knows_its_oldest_request() {
-        let meter = Meter::new(4);
+        let meter = Meter::new(4, false);
         let at = |ns| Stamp::from_raw(ns).unwrap();
-        meter.arrived(0, at(100));
-        meter.arrived(3, at(50));
+        meter.arrived(0, at(100), Duration::ZERO);
+        meter.arrived(3, at(50), Duration::from_nanos(40));
         let then = meter.outstanding();
         assert!(meter.still_out(&then));
         assert_eq!(meter.in_flight(at(1050)), (2, Some(Duration::from_nanos(1000))));
         meter.ended(3, Op::Read, Some(4096), at(1050));
         assert!(meter.still_out(&then), "one of the two");
         meter.ended(0, Op::Write, None, at(1100));
-        meter.arrived(3, at(1150));
+        meter.arrived(3, at(1150), Duration::ZERO);
         assert!(!meter.still_out(&then), "another one on the same tag");
         meter.ended(3, Op::Flush, Some(0), at(1150));
         assert_eq!(meter.in_flight(at(2000)), (0, None));
@@ -262,5 +287,25 @@ mod tests {
         assert_eq!(meter.op(Op::Write).errors.get(), 1);
         let median = meter.op(Op::Read).latency().quantile(0.5).unwrap();
         assert!(median > Duration::from_nanos(1000) && median < Duration::from_nanos(1130));
+        assert_eq!((meter.oldest(at(2000)), meter.age(3, at(2000))), (None, None), "nobody counts");
+    }
+
+    #[test]
+    fn where_age_is_punished_it_counts_from_the_earliest_moment_and_latency_does_not() {
+        let meter = Meter::new(2, true);
+        let (at, ns) = (|ns| Stamp::from_raw(ns).unwrap(), Duration::from_nanos);
+        meter.arrived(0, at(1000), ns(400));
+        meter.arrived(1, at(1000), ns(5000));
+        assert_eq!(
+            (meter.age(0, at(1100)), meter.age(1, at(1100))),
+            (Some(ns(500)), Some(ns(1099)))
+        );
+        assert_eq!(meter.oldest(at(1100)), Some(ns(1099)));
+        assert_eq!(meter.in_flight(at(1100)), (2, Some(ns(100))));
+        meter.ended(1, Op::Read, Some(512), at(1100));
+        assert_eq!((meter.oldest(at(1100)), meter.age(1, at(1100))), (Some(ns(500)), None));
+        meter.ended(0, Op::Read, Some(512), at(1100));
+        assert_eq!(meter.oldest(at(1100)), None);
+        assert!(meter.op(Op::Read).latency().quantile(1.0).unwrap() < ns(120));
     }
 }

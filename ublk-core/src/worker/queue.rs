@@ -240,6 +240,11 @@ impl Queue {
         self.start.lane.count > 1
     }
 
+    /// Whether the driver punishes requests that take long.
+    pub(crate) fn is_punished(&self) -> bool {
+        self.start.meter.is_punished()
+    }
+
     pub(crate) fn depth(&self) -> u16 {
         self.start.depth
     }
@@ -260,9 +265,14 @@ impl Queue {
         &self.start.events
     }
 
-    /// A request is in the descriptor of `tag`. What is not for the backend comes back as a slot that has
+    /// A request is in the descriptor of `tag`, for `lag` at most. What is not for the backend comes back as a slot that has
     /// ended (`None` only for a completion that makes no sense, which is logged).
-    pub(crate) fn arrived(&mut self, tag: u16, now: Stamp) -> Result<Request, Option<Arc<Slot>>> {
+    pub(crate) fn arrived(
+        &mut self,
+        tag: u16,
+        now: Stamp,
+        lag: Duration,
+    ) -> Result<Request, Option<Arc<Slot>>> {
         let (Some(slot), Some(desc)) =
             (self.slots.get(usize::from(tag)), self.start.descriptors.read(tag))
         else {
@@ -277,7 +287,7 @@ impl Queue {
         self.rejections = 0;
         self.touched = true;
         self.busy = true;
-        self.start.meter.arrived(tag, now);
+        self.start.meter.arrived(tag, now, lag);
         let end = |errno| {
             let outcome = Outcome { result: Err(errno), dropped: false, keeps_buffer: false };
             let ended = slot.finish(outcome);

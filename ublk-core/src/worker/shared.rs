@@ -83,6 +83,12 @@ impl SharedBuffers {
         settled.unwrap_or_else(PoisonError::into_inner).0.under_way == 0
     }
 
+    /// Whether there are neither buffers nor registrations.
+    pub(crate) fn is_empty(&self) -> bool {
+        let registered = self.lock();
+        registered.maps.is_empty() && registered.under_way == 0
+    }
+
     /// The numbers of the buffers.
     pub(crate) fn numbers(&self) -> Vec<u16> {
         self.lock().maps.keys().copied().collect()

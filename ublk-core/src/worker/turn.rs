@@ -158,17 +158,9 @@ impl Worker {
                             return Ok(End::Taken);
                         }
                     }
-                    Message::Revoke { device } => {
+                    Message::Revoke { .. } | Message::RevokeOlder { .. } => {
                         let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
-                        for key in core.keys_of(device) {
-                            core.revoke(key);
-                        }
-                    }
-                    Message::RevokeOlder { device, age } => {
-                        let Some(mut core) = self.shared.lock() else { return Ok(End::Taken) };
-                        for key in core.keys_of(device) {
-                            core.revoke_older(key, age);
-                        }
+                        revoke(&mut core, &message);
                     }
                     Message::Abandon => return Ok(End::Abandoned),
                     Message::End => self.ending = true,
@@ -190,6 +182,7 @@ impl Worker {
                 let (mut core, mut entered) = (Some(core), Ok(()));
                 let mut enter = || {
                     let Some(mut core) = core.take() else { return };
+                    core.note_lag();
                     entered = core.enter(u32::from(nothing_to_do));
                     mailbox.awake();
                     if entered.is_ok() {
@@ -260,7 +253,18 @@ impl Worker {
             let _ = catch_unwind(AssertUnwindSafe(|| waker.wake()));
         }
         let mut requests = self.harvest.requests.drain(..);
+        let mut revoked = false;
         while let Some((key, request)) = requests.next() {
+            // Those before it may have taken long.
+            if self.mailbox.has_messages() {
+                match revoke_meanwhile(&self.mailbox, &self.shared) {
+                    Some(some) => revoked |= some,
+                    None => break,
+                }
+            }
+            if revoked && request.is_revoked() {
+                continue;
+            }
             let remaining = requests.len();
             let Some(Some(served)) = self.served.get_mut(key as usize) else {
                 drop(request);
@@ -328,6 +332,38 @@ impl Worker {
         }
         true
     }
+}
+
+/// Does what a message about revocation says.
+fn revoke(core: &mut Core, message: &Message) {
+    let (Message::Revoke { device } | Message::RevokeOlder { device, .. }) = *message else {
+        return;
+    };
+    for key in core.keys_of(device) {
+        match *message {
+            Message::RevokeOlder { age, .. } => core.revoke_older(key, age),
+            _ => core.revoke(key),
+        }
+    }
+}
+
+/// Between two requests of a turn: answers what was revoked since the turn began. Whether there was any; `None` if the
+/// core was taken away, and the rest of the turn is nobody's any more.
+#[cold]
+fn revoke_meanwhile(mailbox: &Mailbox, shared: &Shared) -> Option<bool> {
+    let mut core = shared.lock()?;
+    let messages = mailbox.take_revocations();
+    if messages.is_empty() {
+        return Some(false);
+    }
+    // What has been answered is not late.
+    core.commit_finished();
+    for message in &messages {
+        revoke(&mut core, message);
+    }
+    // What fails here fails again in the next turn, where somebody hears of it.
+    let _ = core.enter(0);
+    Some(true)
 }
 
 /// Runs a handler's code, and says what it panicked with.

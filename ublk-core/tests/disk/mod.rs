@@ -4,6 +4,7 @@
 
 pub(crate) mod cycle;
 pub(crate) mod kernel;
+pub(crate) mod node;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::fs::{self, File, OpenOptions};
@@ -22,7 +23,7 @@ use ublk_core::{Backend, Capabilities, RequestFlags};
 pub(crate) const SOON: Duration = Duration::from_secs(60);
 
 /// The same on a machine that is slower still, by the rig's word: it says 3 of an emulated processor.
-fn patience() -> Duration {
+pub(crate) fn patience() -> Duration {
     let scale = std::env::var("UBLK_TIMESCALE").ok().and_then(|scale| scale.parse::<f64>().ok());
     SOON.mul_f64((scale.unwrap_or(1.0) / 3.0).clamp(1.0, 20.0))
 }
@@ -219,7 +220,7 @@ impl Held {
 
     /// Waits until the process holds nothing that it did not hold before.
     pub(crate) fn is_again(&self) {
-        let end = Instant::now() + SOON / 4;
+        let end = Instant::now() + patience();
         loop {
             let now = Held::now();
             let more = [

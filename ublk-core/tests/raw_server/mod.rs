@@ -10,7 +10,7 @@ use io_uring::{IoUring, squeue, types};
 use ublk_core::control::{AddDevice, Control, DeviceInfo, DeviceParams, FeatureRequest, Features};
 use ublk_core::uapi;
 
-use crate::disk::{Aligned, SOON, eventually};
+use crate::disk::{Aligned, eventually, patience};
 
 /// How the queues' SQEs are written.
 #[derive(Clone, Copy)]
@@ -202,7 +202,7 @@ impl Queue {
 
     /// The next completion.
     pub(crate) fn next(&mut self) -> (u64, i32) {
-        let end = Instant::now() + SOON;
+        let end = Instant::now() + patience();
         loop {
             if let Some(cqe) = self.ring.completion().next() {
                 return (cqe.user_data(), cqe.result());

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from ublk._backend import AnyBackend, AsyncBackend, Backend, RawBackend
 from ublk._device import Device
-from ublk._machine import delete, features, list  # noqa: A004
+from ublk._machine import delete, features, list, quiesce  # noqa: A004
 from ublk._native import (
     Fault,
     File,
@@ -75,5 +75,6 @@ __all__ = [
     "features",
     "list",
     "parse_size",
+    "quiesce",
     "recover",
 ]

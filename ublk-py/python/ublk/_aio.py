@@ -99,6 +99,10 @@ class Courier:
         """Whether this is the loop that serves."""
         return self._loop is not None and loop is self._loop
 
+    def is_serving_task(self, task: object) -> bool:
+        """Whether a method of the backend runs in this task."""
+        return task in self._tasks
+
     def _drain(self, requests: list[Request]) -> None:
         loop = self._loop
         assert loop is not None

@@ -101,7 +101,7 @@ class RawBackend(Protocol):
     """A disk that is handed the requests themselves, to be completed from any thread, at any time.
 
     What the disk can do cannot be seen from its methods, so `Device` is told: ``read_only``, ``cache``, ``fua``,
-    ``trim`` and ``zero``.
+    ``trim``, ``zero``, ``zoned`` and ``integrity``.
 
     >>> class Echo:
     ...     def handle(self, request):

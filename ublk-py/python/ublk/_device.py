@@ -18,16 +18,16 @@ from ublk import _log, _native
 from ublk._aio import Courier
 from ublk._backend import READY_MADE, AnyBackend, inspect_backend
 from ublk._blocking import in_thread, settle
+from ublk._changes import Changes
 from ublk._native import StateError
 from ublk._size import parse_size
-from ublk._told import Told
 from ublk._types import DataPath, Flags, Integrity, Recovery, Zoned, stats_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
 
-    from ublk._native import SharedBuffer, Workers
+    from ublk._native import Workers
 
 __all__ = ["Device"]
 
@@ -39,7 +39,6 @@ _RECOVERY = {
     "fail": ("USER_RECOVERY", "USER_RECOVERY_FAIL_IO"),
 }
 _FORCE_WITHIN = 5.0
-_BLOCKS = "{} would block the event loop that serves the device: use the async form of it"
 
 _live: weakref.WeakSet[Device] = weakref.WeakSet()
 _Description: TypeAlias = (
@@ -47,7 +46,7 @@ _Description: TypeAlias = (
 )
 
 
-class Device(_native.Leaving, Told):
+class Device(_native.Leaving, Changes):
     """A disk, ``/dev/ublkbN``, that this process serves.
 
     Making one checks everything that needs no kernel, and creates nothing. ``with`` starts it, and stops **and
@@ -62,7 +61,7 @@ class Device(_native.Leaving, Told):
     Args:
         backend: Who answers the requests: any object with ``pread``, ``pwrite``, … (`Backend`), with ``async`` ones
             (`AsyncBackend`), with ``handle`` (`RawBackend`), a module with such functions, or a ready-made one
-            (`Null`, `Mem`, `File`, `ZonedMem`).
+            (`Null`, `Mem`, `File`, `Stripe`, `ZonedMem`, `Fault`, `WriteCache`).
         size: Bytes of the disk, a multiple of the logical block size: an int, or a string like ``"10GiB"`` (see
             `parse_size`). May be left out if the backend has a ``size``.
         block_size: Bytes of a logical block: a power of two, 512 to 4096. Default 512, or what the backend needs.
@@ -84,7 +83,7 @@ class Device(_native.Leaving, Told):
         max_trim_size: Bytes of the largest discard. Default what one request can say.
         zero: For `RawBackend`: whether it takes writes of zeroes. Otherwise it has a ``zero`` or not.
         max_zero_size: Bytes of the largest write of zeroes. Default what one request can say.
-        zoned: The zones of a zoned disk, whose backend has the zone methods.
+        zoned: The zones of a zoned disk, whose backend has the zone methods, or is a `RawBackend`.
         integrity: The metadata that is kept beside the data, of a `RawBackend`; `Mem` has an argument of its own.
         data_path: How the data moves: see `DataPath`.
         recovery: What becomes of the disk if this process is gone: by default it goes, too. See `Recovery`.
@@ -95,7 +94,7 @@ class Device(_native.Leaving, Told):
             queue: up to 1024. Default 0: each queue's worker calls them itself, one at a time.
         workers: A pool that devices share, in place of a worker for each queue.
         workers_per_queue: Workers that share each queue (Linux 6.16).
-        affinity: Whether each queue's worker runs only on the CPUs whose I/O comes by that queue.
+        pin: Whether each queue's worker runs only on the CPUs whose I/O comes by that queue.
         populate: Faults the requests' buffers in at the start, and keeps them.
         huge_pages: Allows transparent huge pages for them.
         dma_alignment: Bytes that the memory of direct I/O is aligned to: a power of two, 2 to 4096 (Linux 6.15).
@@ -150,7 +149,7 @@ class Device(_native.Leaving, Told):
         threads: int = 0,
         workers: Workers | None = None,
         workers_per_queue: int = 1,
-        affinity: bool = True,
+        pin: bool = True,
         populate: bool = False,
         huge_pages: bool = False,
         dma_alignment: int | None = None,
@@ -204,7 +203,7 @@ class Device(_native.Leaving, Told):
             "threads": threads,
             "workers": workers,
             "workers_per_queue": workers_per_queue,
-            "pin": affinity,
+            "pin": pin,
             "populate": populate,
             "huge_pages": huge_pages,
             "dma_alignment": dma_alignment,
@@ -236,8 +235,8 @@ class Device(_native.Leaving, Told):
         # For another life, until there can be none.
         self._described: _Description | None = (backend, size, block_size, dict(options), said)
         options["force"] = self._force
-        ready_made = isinstance(backend, READY_MADE)
-        found = None if ready_made else inspect_backend(backend)
+        self._ready_made = backend if isinstance(backend, READY_MADE) else None
+        found = None if self._ready_made is not None else inspect_backend(backend)
         if size is None:
             size = getattr(backend, "size", None)
             if size is None:
@@ -326,7 +325,7 @@ class Device(_native.Leaving, Told):
         try:
             with self._lock:
                 if self._phase not in {"new", "halted"}:
-                    raise StateError("the device was started before: make a new one")
+                    raise StateError(f"the device{self._which()} was started before: make a new one")
                 before, self._phase = self._phase, "starting"
             if self._halted is not None and self._described is not None:
                 # Another life: with workers, threads and a loop of its own.
@@ -469,14 +468,14 @@ class Device(_native.Leaving, Told):
         with self._lock:
             if self._native is None:
                 return True
-            self._last_stats = stats_of(native.stats())
+            self._last_stats, self._size = stats_of(native.stats()), native.size
             self._native = None
             self._halted = halted
             self._phase = "stopped" if halted is None else "halted"
         if halted is None:
             _live.discard(self)
             # A backend that nobody else has ends here, its files with it.
-            self._described = None
+            self._described = self._ready_made = None
         return self._courier is None or self._courier.end(_FORCE_WITHIN)
 
     def _tell_end(self, native: _native.Device, *, ended: bool) -> None:
@@ -555,60 +554,6 @@ class Device(_native.Leaving, Told):
         native.ending()
         return True
 
-    def hand_over(self, timeout: float = 30.0) -> None:
-        """Gives the disk to the next server, which takes it over by `recover`: under its users, a mounted file system
-        for instance, and without a failed request. Takes ``recovery="wait"`` or ``"reissue"``, and Linux 6.16.
-
-        Raises:
-            OSError: The device or the kernel cannot do that; a note says what is missing.
-            TimeoutError: The backend did not answer in time what it had; the device goes on.
-            StateError: It is not live.
-
-        >>> import ublk
-        >>> mem = ublk.Mem("1MiB")
-        >>> if "QUIESCE" in (ublk.features() or ()):
-        ...     dev = ublk.Device(mem, recovery="wait").start()
-        ...     dev.hand_over()
-        ...     ublk.recover(dev.id, mem).stop()
-        """  # noqa: D205
-        self._check_loop("hand_over")
-        native = self._require_live("hand the device over")
-        try:
-            native.hand_over(timeout)
-        finally:
-            # Also interrupted, or the backend did not answer, when it had gone already.
-            ended = _native.shielded(self._settle, native)
-        self._tell_end(native, ended=ended)
-
-    def halt(self, timeout: float = 30.0) -> None:
-        """Takes the disk away when nobody uses it, as `stop` does, and keeps the device: `start` brings it up again,
-        with the same number, features and fingerprint, and as it is described by then (`describe`). Its counters
-        begin at zero again. ``stop`` deletes it. Linux 7.3.
-
-        Raises:
-            TimeoutError: The disk is in use; as of `stop`. It goes on.
-            OSError: The kernel's driver starts no device a second time; the disk goes on.
-            StateError: It is not live; or the caller is a method of the backend, or the loop that serves it.
-
-        >>> import ublk
-        >>> with ublk.Device(ublk.Mem("1MiB")) as dev:
-        ...     if "IO_DESC_SIZE" in (ublk.features() or ()):
-        ...         dev.halt()
-        ...         dev.describe(ublk.Mem("2MiB"))
-        ...         assert dev.start().size == 2 << 20
-        """  # noqa: D205
-        self._check_loop("halt")
-        native = self._require_live("halt the device")
-        halted: _native.Halted | None = None
-        try:
-            halted = native.halt(timeout)
-        finally:
-            # Without one if it was stuck, failed, or interrupted at the last moment: stopped and deleted.
-            ended = _native.shielded(self._settle, native, halted)
-            if halted is None:
-                _native.await_lost()
-        self._tell_end(native, ended=ended)
-
     def describe(self, backend: AnyBackend, **options: Any) -> None:  # noqa: ANN401  # as of the constructor
         """Has a device that is halted become another at its next start: another backend, another size, other limits.
 
@@ -633,87 +578,8 @@ class Device(_native.Leaving, Told):
         other = Device(backend, **options)
         with self._lock:
             if self._halted is None:
-                raise StateError(f"cannot describe the device anew: it is {self._phase}, not halted")
+                raise StateError(f"cannot describe the device{self._which()} anew: it is {self._phase}, not halted")
             self._described, self._size, self._stop_timeout = other._described, other._size, other._stop_timeout
-
-    def quiesce(self, timeout: float = 30.0) -> None:
-        """The same as `hand_over`, by the kernel's name for it: the device stays, quiesced, until `recover`.
-
-        >>> import ublk
-        >>> mem = ublk.Mem("1MiB")
-        >>> if "QUIESCE" in (ublk.features() or ()):
-        ...     dev = ublk.Device(mem, recovery="wait").start()
-        ...     dev.quiesce()
-        ...     ublk.recover(dev.id, mem).stop()
-        """
-        self.hand_over(timeout)
-
-    def resize(self, size: SupportsIndex | str) -> None:
-        """Gives the disk another size, which its users see at once. A file system has to be told (``resize2fs``).
-        Linux 6.16.
-
-        Raises:
-            ValueError: It is no size, or not a multiple of the logical block size.
-            OSError: The kernel cannot do that.
-            StateError: The device is not live.
-
-        >>> import ublk
-        >>> if "UPDATE_SIZE" in (ublk.features() or ()):
-        ...     with ublk.Device(ublk.Null(), size="1GiB") as dev:
-        ...         dev.resize("2GiB")
-        ...         assert dev.size == 2 << 30
-        """  # noqa: D205
-        self._check_loop("resize")
-        native = self._require_live("resize the device")
-        native.resize(parse_size(size))
-        self._size = native.info()["size"]
-
-    def share(self, buffer: SharedBuffer) -> int:
-        """Has the data of clients' direct I/O from and to this memory used where it is, without a copy by the driver,
-        and returns the buffer's number with this device. Takes ``require=["SHMEM_ZC"]``, and Linux 7.1.
-
-        The memory stays locked until `unshare` or the end of the device. All other I/O goes on as before. What a
-        client writes to the memory while a request is in progress, ready-made backends see as it comes; Python ones
-        get a copy.
-
-        `hand_over` and `halt` end it. The driver keeps what a killed server has shared; to the one that recovers the
-        disk requests in it are like others, and it can share the memory again once it has called `unshare` with the
-        number that the former one was told.
-
-        Raises:
-            OSError: The device has not the feature; a part of the memory is shared already (EEXIST).
-            TimeoutError: The backend does not answer the requests that it has.
-            StateError: The device is not live, or the caller is a method of its backend.
-
-        >>> import mmap, os, ublk
-        >>> if "SHMEM_ZC" in (ublk.features() or ()):
-        ...     buffer = ublk.SharedBuffer("1MiB")
-        ...     with ublk.Device(ublk.Mem("1MiB"), require=["SHMEM_ZC"]) as dev:
-        ...         number = dev.share(buffer)
-        ...         with mmap.mmap(buffer.fileno(), buffer.size) as memory:
-        ...             disk = os.open(dev.path, os.O_RDWR | os.O_DIRECT)
-        ...             assert os.preadv(disk, [memory], 0) == 1 << 20
-        ...             os.close(disk)
-        ...         dev.unshare(number)
-        """  # noqa: D205
-        self._check_loop("share")
-        return self._require_live("share memory").share(buffer)
-
-    def unshare(self, number: int) -> None:
-        """Ends the sharing of the buffer with this number, which may be one that a former server was told, once the
-        requests that are out are answered.
-
-        Raises:
-            OSError: There is none (ENOENT).
-            StateError: As of `share`.
-
-        >>> import ublk
-        >>> if "SHMEM_ZC" in (ublk.features() or ()):
-        ...     with ublk.Device(ublk.Mem("1MiB"), require=["SHMEM_ZC"]) as dev:
-        ...         dev.unshare(dev.share(ublk.SharedBuffer("1MiB")))
-        """  # noqa: D205
-        self._check_loop("unshare")
-        self._require_live("share memory").unshare(number)
 
     # Python's own.
 
@@ -735,7 +601,9 @@ class Device(_native.Leaving, Told):
         With a caller's loop it refuses to block that, if it serves the device.
         """
         if self._courier is not None and self._courier.is_serving(loop):
-            raise StateError(_BLOCKS.format("leave `with`"))
+            raise StateError(
+                f"leaving `with` would block the event loop that serves the device{self._which()}: use `async with`"
+            )
         native = self._native
         try:
             self._stop(self._stop_timeout, force=False, token=token)
@@ -768,10 +636,6 @@ class Device(_native.Leaving, Told):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a Device cannot be pickled: it belongs to the process that serves it")
-
-    def _check_loop(self, what: str) -> None:
-        if self._courier is not None and self._courier.is_serving_thread():
-            raise StateError(_BLOCKS.format(what))
 
 
 def _stop_all() -> None:

@@ -10,7 +10,7 @@ from ublk._types import DeviceInfo, info_of
 if TYPE_CHECKING:
     import builtins
 
-__all__ = ["delete", "features", "list"]
+__all__ = ["delete", "features", "list", "quiesce"]
 
 
 def list() -> builtins.list[DeviceInfo]:  # noqa: A001
@@ -48,6 +48,35 @@ def delete(id: int, timeout: float = 30.0) -> None:  # noqa: A002
     >>> dev.stop()
     """  # noqa: D205
     _native.delete(id, timeout)
+
+
+def quiesce(id: int, timeout: float = 30.0) -> None:  # noqa: A002
+    """Takes a live disk from its server, whoever that is, for another one to `recover`: new requests wait until then.
+    A server that is to give it away by itself has `Device.hand_over`. Linux 6.16.
+
+    The server's device ends as if it had been stopped by others. Requests that it has are waited for.
+
+    Args:
+        id: The device's number.
+        timeout: Seconds to wait.
+
+    Raises:
+        FileNotFoundError: There is no such device.
+        StateError: It has no disk: its server is gone.
+        OSError: It was made without ``recovery``, with ``recovery="fail"`` and without ``require=["QUIESCE"]``, or by
+            an older kernel.
+        TimeoutError: Its server has not let go of it. The disk's new requests wait all the same, until it has.
+
+    >>> import ublk
+    >>> mem = ublk.Mem("1MiB")
+    >>> if "QUIESCE" in (ublk.features() or ()):
+    ...     dev = ublk.Device(mem, recovery="wait").start()
+    ...     ublk.quiesce(dev.id)
+    ...     assert dev.wait(10)
+    ...     dev.stop()
+    ...     ublk.recover(dev.id, mem).stop()
+    """  # noqa: D205
+    _native.quiesce(id, timeout)
 
 
 def features() -> frozenset[str] | None:

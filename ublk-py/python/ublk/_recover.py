@@ -22,6 +22,9 @@ class _Recovered(Device):
         super().__init__(backend, **options)
 
     def _launch(self) -> _native.Device:
+        if self._halted is not None:
+            # It is this process's by now.
+            return super()._launch()
         return self._spec.recover(self._number, self._starting)
 
 

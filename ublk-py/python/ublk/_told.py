@@ -65,7 +65,8 @@ class Told:
         >>> ublk.Device(ublk.Null(), size="1KiB").size
         1024
         """
-        return self._size
+        native = self._native
+        return native.size if native is not None else self._size
 
     @property
     def state(self) -> str:
@@ -143,6 +144,10 @@ class Told:
         native = self._native
         return stats_of(native.stats()) if native is not None else self._last_stats
 
+    def _which(self) -> str:
+        """Its number, for the message of an error."""
+        return "" if self._place is None else f" (device {self._place[0]})"
+
     def _started(self) -> _native.Device | None:
         self._check_process()
         if self._native is None and self._phase in {"new", "starting"}:
@@ -152,9 +157,9 @@ class Told:
     def _require_live(self, what: str) -> _native.Device:
         self._check_process()
         if self._native is None:
-            raise StateError(f"cannot {what}: it is {self._phase}, not live")
+            raise StateError(f"cannot {what}{self._which()}: it is {self._phase}, not live")
         return self._native
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
-            raise StateError("the device belongs to the process that this one was forked from")
+            raise StateError(f"the device{self._which()} belongs to the process that this one was forked from")
