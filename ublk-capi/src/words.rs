@@ -30,6 +30,7 @@ const WORDS: &[(&str, &str)] = &[
         "integrity_metadata_size is for a backend with submit, and for the target mem",
     ),
     ("set them first (Control::set_params)", "set them first"),
+    ("and these are to be said: Builder::zoned", "and these are to be said: the option zone_bytes"),
     ("require the feature when the device is built", "set the option require to SHMEM_ZC"),
     ("delete it (Control::delete)", "delete it (ublk_rs_control_delete)"),
     (

@@ -23,6 +23,7 @@ const WORDS: &[(&str, &str)] = &[
     ),
     ("INTEGRITY is asked for by Builder::integrity", "INTEGRITY is asked for by integrity="),
     ("set them first (Control::set_params)", "set them first"),
+    ("and these are to be said: Builder::zoned", "and these are to be said: zoned="),
     ("require the feature when the device is built", "use require=[\"SHMEM_ZC\"]"),
     ("delete it (Control::delete)", "delete it (ublk.delete)"),
     ("use stop_force to pull it", "use stop_force() to pull it"),
