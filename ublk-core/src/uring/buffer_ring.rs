@@ -36,7 +36,11 @@ impl BufferRing {
         let entries = this.region.at(0).as_ptr();
         // SAFETY: the region is page-aligned, large enough, and stays mapped: it is dropped by `free` alone, after
         // the ring has let go of it.
-        unsafe { ring.register_buffer_ring(entries as u64, count, group)? };
+        if let Err(errno) = unsafe { ring.register_buffer_ring(entries as u64, count, group) } {
+            // The kernel knows nothing of it.
+            drop(ManuallyDrop::into_inner(this.region));
+            return Err(errno);
+        }
         for buffer in 0..count {
             this.put(buffer);
         }
