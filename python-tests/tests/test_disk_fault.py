@@ -117,8 +117,8 @@ def test_a_file_system_keeps_what_was_synced_through_a_power_cut(guest: Guest, s
     """What `fsync` promised is there after the crash, in a file system that its journal makes whole again."""
     folder = guest.run("mktemp -d").out.strip()
     with testdisk.serving(guest, "target=cache", f"size={48 << 20}") as disks:
-        # What makes durable what is to be lost: the journal's own commits, every five seconds, and the flush of the thread
-        # that fills the inode tables later.
+        # What would make durable what is to be lost: the journal's own commits, every five seconds, and the flush of
+        # the thread that fills the inode tables later.
         guest.run(f"mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 {disks.path}")
         guest.run(f"mount -o errors=continue,commit=3600 {disks.path} {folder}")
         guest.run(f"head -c 300001 /dev/urandom > {folder}/a && sync {folder}/a && sha256sum < {folder}/a > /tmp/sum")

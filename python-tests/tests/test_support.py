@@ -50,7 +50,7 @@ def test_what_a_kernel_lacks_is_no_capability_of_it() -> None:
         "properties": {support.REFUSED: ["SHMEM_ZC (since Linux 7.1)"]}
     }
     batch = outcome("test_rust.py::test_rust[data_paths::a]", "6.12", "skipped") | {
-        "reason": "the driver lacks BATCH_IO (since Linux 7.0), AUTO_BUF_REG (since Linux 6.16)"
+        "reason": "the driver lacks BATCH_IO (since Linux 7.0), AUTO_BUF_REG (since Linux 6.16), and so on"
     }
     table = support.collect(summary(shared, batch, outcome("test_rust.py::test_rust[data_paths::b]", "6.12")))
     assert row(support.render(table), "SHMEM_ZC").endswith("| no: SHMEM_ZC (since 7.1) |")

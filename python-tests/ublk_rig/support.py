@@ -103,7 +103,7 @@ class Cell:
         if outcome == "passed" and lacking:
             outcome = "refused"
         if test.get("reason", "").startswith(LACKS):
-            lacking += test["reason"].removeprefix(LACKS).split(", ")
+            lacking += re.findall(r"\w+ \(since Linux [\d.]+\)", test["reason"])
         self.outcomes[outcome] += 1
         self.lacking.update(words.replace("since Linux", "since") for words in lacking)
 
