@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,6 @@ use super::slot::{Place, Slot};
 use crate::error::{Errno, Error, ErrorKind, Result};
 use crate::request::Request;
 use crate::sys::clock::{Clock, Stamp};
-use crate::sys::fork;
 use crate::uring::sqe::Target;
 use crate::uring::worker_ring::{Size, WorkerRing};
 
@@ -739,79 +738,6 @@ impl Drop for Core {
         for queue in self.queues.drain(..).flatten() {
             queue.leave_to_the_kernel();
         }
-    }
-}
-
-/// The cell that a worker's core lives in.
-pub(crate) struct Shared {
-    core: Mutex<Option<Core>>,
-    /// In a forked child there is no core: the memory of its ring is not mapped there.
-    generation: u32,
-}
-
-/// The core, locked, and there.
-pub(crate) struct Locked<'a>(MutexGuard<'a, Option<Core>>);
-
-impl std::ops::Deref for Locked<'_> {
-    type Target = Core;
-    fn deref(&self) -> &Core {
-        match &*self.0 {
-            Some(core) => core,
-            None => unreachable!("checked when it was locked"),
-        }
-    }
-}
-
-impl std::ops::DerefMut for Locked<'_> {
-    fn deref_mut(&mut self) -> &mut Core {
-        match &mut *self.0 {
-            Some(core) => core,
-            None => unreachable!("checked when it was locked"),
-        }
-    }
-}
-
-impl Shared {
-    pub(crate) fn empty() -> Arc<Self> {
-        Arc::new(Shared { core: Mutex::new(None), generation: fork::generation() })
-    }
-
-    /// The worker's thread puts its core in.
-    pub(crate) fn fill(&self, core: Core) {
-        *self.core.lock().unwrap_or_else(PoisonError::into_inner) = Some(core);
-    }
-
-    /// The core; `None` if it was taken away.
-    pub(crate) fn lock(&self) -> Option<Locked<'_>> {
-        if !self.is_ours() {
-            return None;
-        }
-        let guard = self.core.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.is_some().then(|| Locked(guard))
-    }
-
-    /// Takes the core away from outside, unless the worker is using it.
-    pub(crate) fn try_take(&self) -> Option<Core> {
-        if !self.is_ours() {
-            return None;
-        }
-        match self.core.try_lock() {
-            Ok(mut guard) => guard.take(),
-            Err(TryLockError::Poisoned(e)) => e.into_inner().take(),
-            Err(TryLockError::WouldBlock) => None,
-        }
-    }
-
-    /// The worker's thread takes its core back, to end.
-    pub(crate) fn take(&self) -> Option<Core> {
-        if !self.is_ours() {
-            return None;
-        }
-        self.core.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    fn is_ours(&self) -> bool {
-        self.generation == fork::generation()
     }
 }
 

@@ -11,6 +11,7 @@
 
 pub(crate) mod attendant;
 pub(crate) mod batch;
+pub(crate) mod cell;
 pub(crate) mod commands;
 pub(crate) mod core;
 pub(crate) mod executor;

@@ -6,7 +6,8 @@ use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 use super::attendant::{Attendant, Unattended};
-use super::core::{Core, Shared};
+use super::cell::Shared;
+use super::core::Core;
 use super::mailbox::Mailbox;
 use super::queue::Start;
 use super::turn::{HandlerFactory, Message, Worker, Wreck, lose, refuse};

@@ -15,7 +15,8 @@ use std::time::Duration;
 
 use io_uring::{opcode, squeue, types};
 
-use super::core::{Shared, Token};
+use super::cell::Shared;
+use super::core::Token;
 use super::operations::{Hold, Keep};
 use super::portal;
 use crate::error::Errno;

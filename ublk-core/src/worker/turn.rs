@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::attendant::Attendant;
-use super::core::{Core, Harvest, Shared};
+use super::cell::Shared;
+use super::core::{Core, Harvest};
 use super::executor::{Executor, Task};
 use super::mailbox::Mailbox;
 use super::meter::Meter;
