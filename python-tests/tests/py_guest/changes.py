@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import ublk
 from tests.py_guest.disks import (
     BLOCK,
+    FAR,
     MIB,
+    FarHeld,
     Ram,
     gone,
     has,
@@ -35,37 +37,12 @@ from tests.py_guest.disks import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-FAR = MIB // 2
-
 
 class Later(Ram):
     """On a loop."""
 
     async def pread(self, buf: memoryview, offset: int) -> None:  # type: ignore[override]
         Ram.pread(self, buf, offset)
-
-
-class Held:
-    """A raw backend that keeps reads of its second half while it is told so."""
-
-    size = MIB
-
-    def __init__(self) -> None:
-        self.closed = False
-        self.arrived = threading.Event()
-        self.requests: list[ublk.Request] = []
-
-    def handle(self, request: ublk.Request) -> None:
-        if self.closed and request.offset >= FAR:
-            self.requests.append(request)
-            self.arrived.set()
-        else:
-            request.complete()
-
-    def let_go(self) -> None:
-        self.closed = False
-        while self.requests:
-            self.requests.pop().complete()
 
 
 def test_a_disk_is_handed_over_under_its_users() -> None:
@@ -224,20 +201,6 @@ def test_a_device_is_halted_and_started_again() -> None:
     until(lambda: not ublk.list())
 
 
-def test_what_is_described_anew_is_held_against_what_the_driver_granted() -> None:
-    needs("IO_DESC_SIZE")
-    # It would copy to one worker's buffers what another one takes.
-    with ublk.Device(Ram(), batch=True) as device:
-        device.halt()
-        device.describe(Ram(), workers_per_queue=2)
-        raised(ValueError, device.start, "the driver does not copy")
-        assert device.state == "halted"
-        device.describe(Ram())
-        device.start()
-        write(device.path, 0, b"y" * BLOCK)
-        assert read(device.path, 0) == b"y" * BLOCK
-
-
 def test_a_device_that_was_taken_over_is_halted_and_started_again() -> None:
     needs("IO_DESC_SIZE")
     device = ublk.Device(Ram(), recovery="wait").start()
@@ -361,7 +324,7 @@ def test_a_disk_is_taken_from_a_server_that_does_not_know() -> None:
     started, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        _device = ublk.Device(Held(), recovery="wait", id=4).start()
+        _device = ublk.Device(FarHeld(closed=False), recovery="wait", id=4).start()
         os.write(tell, b".")
         signal.pause()
     os.close(tell)
@@ -373,7 +336,7 @@ def test_a_disk_is_taken_from_a_server_that_does_not_know() -> None:
         assert [(info.id, info.state) for info in ublk.list()] == [(4, "quiesced")]
         # Once more: it is what was asked for.
         ublk.quiesce(4)
-        held = Held()
+        held = FarHeld(closed=False)
         device = ublk.recover(4, held)
         write_at(fd, 0, b"n" * BLOCK)
         # One that has requests is waited for.

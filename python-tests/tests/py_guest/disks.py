@@ -195,3 +195,43 @@ class Gate:
         if self.closed:
             self.arrived.set()
             self.go.wait(60)
+
+
+class Held:
+    """A raw backend that answers nothing while it is told so."""
+
+    size = MIB
+
+    def __init__(self, *, closed: bool = True) -> None:
+        self.closed = closed
+        self.arrived = threading.Event()
+        self.requests: list[ublk.Request] = []
+
+    def handle(self, request: ublk.Request) -> None:
+        """Keeps it, or answers it."""
+        if self.closed:
+            self.requests.append(request)
+            self.arrived.set()
+        else:
+            request.complete()
+
+    def let_go(self) -> None:
+        """Answers what it has, and all that comes."""
+        self.closed = False
+        while self.requests:
+            self.requests.pop().complete()
+
+
+# Away from where the kernel looks for partitions, by now or later.
+FAR = MIB // 2
+
+
+class FarHeld(Held):
+    """Holds what is there only."""
+
+    def handle(self, request: ublk.Request) -> None:
+        """Keeps it, or answers it."""
+        if request.offset >= FAR:
+            super().handle(request)
+        else:
+            request.complete()

@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any, Self
 import ublk
 from tests.py_guest.disks import (
     BLOCK,
+    FAR,
     MIB,
     SCALE,
+    FarHeld,
     Gate,
+    Held,
     Ram,
     error_of,
     gone,
@@ -62,25 +65,6 @@ def interrupted(when: Callable[[], object], *, seconds: float = AT_ONCE) -> Iter
     finally:
         thread.join()
     assert sent
-
-
-class Held:
-    """A raw backend that answers nothing while it is told so."""
-
-    size = MIB
-
-    def __init__(self) -> None:
-        self.closed = True
-        self.arrived = threading.Event()
-        self.requests: list[ublk.Request] = []
-
-    def handle(self, request: ublk.Request) -> None:
-        """Keeps it."""
-        if self.closed:
-            self.requests.append(request)
-            self.arrived.set()
-        else:
-            request.complete()
 
 
 ZONED = ublk.Zoned(zone_size=MIB)
@@ -133,21 +117,6 @@ class Later(Ram):
     async def pread(self, buf: memoryview, offset: int) -> None:  # type: ignore[override]
         """Reads."""
         Ram.pread(self, buf, offset)
-
-
-# Away from where the kernel looks for partitions, by now or later.
-FAR = MIB // 2
-
-
-class FarHeld(Held):
-    """Holds what is there only."""
-
-    def handle(self, request: ublk.Request) -> None:
-        """Keeps it, or answers it."""
-        if request.offset >= FAR:
-            super().handle(request)
-        else:
-            request.complete()
 
 
 class FarGate(Gate):
@@ -405,8 +374,7 @@ def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> No
     arrived, go = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
-        held = Held()
-        held.closed = False
+        held = Held(closed=False)
         device = ublk.Device(held, recovery="wait", id=5, size=MIB).start()
         held.closed = True
         held.arrived.clear()
@@ -450,8 +418,7 @@ def _unscanned() -> dict[str, Any]:
 
 def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
     needs("QUIESCE")
-    held = Held()
-    held.closed = False
+    held = Held(closed=False)
     device = ublk.Device(held, recovery="wait", **_unscanned()).start()
     held.closed = True
     held.arrived.clear()
@@ -484,8 +451,7 @@ def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
 
 def _held_read() -> tuple[FarHeld, ublk.Device, threading.Thread]:
     """A device with a request that is not answered, and the client that waits for it."""
-    held = FarHeld()
-    held.closed = False
+    held = FarHeld(closed=False)
     device = ublk.Device(held, prefer=["SHMEM_ZC"], recovery="wait", **_unscanned()).start()
     return held, device, _reads(held, device)
 
@@ -500,9 +466,7 @@ def _reads(held: FarHeld, device: ublk.Device) -> threading.Thread:
 
 
 def _let_go(held: FarHeld, client: threading.Thread) -> None:
-    held.closed = False
-    while held.requests:
-        held.requests.pop().complete()
+    held.let_go()
     client.join()
 
 
