@@ -300,6 +300,7 @@ impl Running {
     ///   Before Linux 6.16 a server that lives on would lose requests; there, end the process in place of this.
     ///
     /// Memory that was [shared](Device::share) with clients is shared no more, so that the next server can do that.
+    /// That may have happened also if the handover then fails: clients' data is copied until it is shared again.
     ///
     /// The backend's calls are waited for, so that no write of this server meets the next one's. Requests that
     /// a [`QueueHandler`](crate::QueueHandler) has given to other threads are its own business.
