@@ -22,6 +22,9 @@ MIB = 1 << 20
 BLOCK = 4096
 FULL = bool(os.environ.get("UBLK_FULL"))
 SCALE = float(os.environ.get("UBLK_TIMESCALE", "1"))
+# To prefer where nobody but the test's own clients is to have requests. Where the driver has no such feature, START waits
+# for the kernel's look for partitions; where it has, that look begins at some time after START.
+UNSCANNED = "NO_AUTO_PART_SCAN"
 # As Python code can use them: all of them.
 DATA_PATHS: tuple[ublk.DataPath, ...] = ("copy", "need-get-data", "user-copy", "zero-copy", "auto-buf-reg")
 _NEEDS = {

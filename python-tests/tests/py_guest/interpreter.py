@@ -26,6 +26,7 @@ from tests.py_guest.disks import (
     FULL,
     MIB,
     SCALE,
+    UNSCANNED,
     Gate,
     Ram,
     error_of,
@@ -430,7 +431,7 @@ def test_answers_do_not_wait_for_a_slow_handler_of_their_turn() -> None:
             elif offset == slow:
                 told.append(answered.wait(5 * SCALE))
 
-    with ublk.Device(Mixed(), depth=32) as device:
+    with ublk.Device(Mixed(), depth=32, prefer=[UNSCANNED]) as device:
         inflight = Path(f"/sys/block/{Path(device.path).name}/inflight")
 
         def sent(offset: int) -> threading.Thread:

@@ -20,6 +20,7 @@ from tests.py_guest.disks import (
     FAR,
     MIB,
     SCALE,
+    UNSCANNED,
     FarHeld,
     Gate,
     Held,
@@ -409,17 +410,11 @@ def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> No
     assert ublk.list() == []
 
 
-def _unscanned() -> dict[str, Any]:
-    """For a disk that is quiesced at once: requests of a look for partitions would wait for the next server, and with
-    them who closes the disk. Where that look cannot be left out, START waits for it.
-    """  # noqa: D205
-    return {"partition_scan": False} if has("NO_AUTO_PART_SCAN") else {}
-
-
 def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
     needs("QUIESCE")
     held = Held(closed=False)
-    device = ublk.Device(held, recovery="wait", **_unscanned()).start()
+    # Requests of a look for partitions would wait for the next server, and with them who closes the disk.
+    device = ublk.Device(held, recovery="wait", prefer=[UNSCANNED]).start()
     held.closed = True
     held.arrived.clear()
     seen: list[bytes] = []
@@ -452,7 +447,7 @@ def test_a_handover_that_is_given_up_comes_to_its_end_by_itself() -> None:
 def _held_read() -> tuple[FarHeld, ublk.Device, threading.Thread]:
     """A device with a request that is not answered, and the client that waits for it."""
     held = FarHeld(closed=False)
-    device = ublk.Device(held, prefer=["SHMEM_ZC"], recovery="wait", **_unscanned()).start()
+    device = ublk.Device(held, prefer=["SHMEM_ZC", UNSCANNED], recovery="wait").start()
     return held, device, _reads(held, device)
 
 
