@@ -285,15 +285,22 @@ def test_a_coroutine_of_the_backend_does_not_wait_for_its_own_request() -> None:
         async def pread(self, buf: memoryview, offset: int) -> None:  # type: ignore[override]
             device, self.device = self.device, None
             if device is not None:
-                calls = (device.hand_over_async(), device.halt_async(), device.share_async(buffer))
-                said.extend([str(await _raised(ublk.StateError, call)) for call in (*calls, device.unshare_async(0))])
+                for call in (
+                    device.hand_over_async(),
+                    device.halt_async(),
+                    device.share_async(buffer),
+                    device.unshare_async(0),
+                    device.stop_async(),
+                    device.stop_force_async(),
+                ):
+                    said.append(str(await _raised(ublk.StateError, call)))
             Ram.pread(self, buf, offset)
 
     backend = Tries()
     with ublk.Device(backend, recovery="wait", prefer=["SHMEM_ZC"]) as device:
         backend.device = device
         read(device.path)
-        assert len(said) == 4
+        assert len(said) == 6
         assert all(f"device {device.id}" in text and "wait for itself" in text for text in said), said
 
 

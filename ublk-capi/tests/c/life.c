@@ -132,11 +132,7 @@ static void quiesce(void) {
     } else {
         WORKS(ublk_rs_device_wait(device, patience(), error));
         EQUAL(ublk_rs_device_ending(device), UBLK_RS_ENDING_STOPPED_BY_OTHERS);
-        /* The driver says so once it has seen the last of the server. */
-        for (double until = seconds() + 10 * scale(); seconds() < until; nap()) {
-            WORKS(ublk_rs_control_info(control, id, &info, error));
-            if (info.state != UBLK_RS_STATE_LIVE) break;
-        }
+        WORKS(ublk_rs_control_info(control, id, &info, error));
         EQUAL(info.state, UBLK_RS_STATE_QUIESCED);
         EQUAL(info.fingerprint, 0x4711);
         EQUAL(ublk_rs_device_free(device), 0);
