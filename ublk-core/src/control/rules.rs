@@ -99,3 +99,20 @@ pub(super) fn index(id: u32, index: u32) -> Result<()> {
     let cause = format!("buffers have the indices 0 to 65535, not {index}");
     Err(broken(C::UnregBuf, id, ErrorKind::InvalidParameter, cause))
 }
+
+/// The driver waits for all requests before it takes memory or forgets it, with the device's lock held, without which no
+/// server comes. A server that is on its way has not all of them either while the state is still this one.
+pub(super) fn served(command: C, info: &ublksrv_ctrl_dev_info) -> Result<()> {
+    let known = Features::from_bits(info.flags).contains(Features::SHMEM_ZC);
+    match DeviceState::from_raw(info.state) {
+        DeviceState::Quiesced | DeviceState::FailIo if known => Err(broken(
+            command,
+            info.dev_id,
+            ErrorKind::WrongState,
+            "its server is gone: the driver would wait for requests that only the next one answers, and keep that one \
+             out meanwhile",
+        )
+        .remedy_is("recover the device first (Builder::recover), or delete it")),
+        _ => Ok(()),
+    }
+}
