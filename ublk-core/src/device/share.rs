@@ -181,7 +181,8 @@ impl Device {
     /// [`ErrorKind::WrongState`] if it is ending, [`ErrorKind::WouldDeadlock`] on one of its own threads; `EEXIST` if a
     /// part of the memory is shared already; [`ErrorKind::TimedOut`] if the backend does not answer its requests within
     /// [`ControlOptions::patience`](crate::control::ControlOptions::patience), or the driver not what it was asked before
-    /// about the device's memory: this memory is not shared, then or later.
+    /// about the device's memory: this memory is not shared, then or later. [`ErrorKind::Forked`] for a buffer that was made
+    /// before a fork, by the parent process: its file is inherited, its mapping is not.
     pub fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
         self.life().share(buffer)
     }
@@ -248,7 +249,10 @@ impl Life {
         self.may_share()?;
         let (id, len) = (self.info.id, buffer.len());
         let Some(start) = buffer.map.range(0, buffer.map.len()) else {
-            unreachable!("the whole is within")
+            return Err(Error::new(ErrorKind::Forked, ATTEMPT)
+                .on_device(id)
+                .because("the buffer was made by the process that this one was forked from, and is not mapped here")
+                .remedy_is("make it anew of its file (SharedBuffer::from_memfd)"));
         };
         let flags = if buffer.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 };
         let addr = start.as_ptr() as u64;
