@@ -161,7 +161,7 @@ def test_a_stuck_callback_outlives_its_device(guest: Guest, pytestconfig: pytest
 
 
 # What 6.12 has of a disk's life; 7.3 has all.
-EARLY = {"killed", "zoned", "targets"}
+EARLY = {"killed", "zoned", "targets", "dispatch-busy"}
 
 
 def test_a_disk_in_its_life(guest: Guest) -> None:
