@@ -409,6 +409,6 @@ fn threads_that_share_and_unshare_do_not_forget_each_others_memory() {
         }
     });
     assert_eq!(shared.load(Ordering::SeqCst), 3 * 8 * 2);
-    disk.stop(SOON).unwrap();
+    assert_eq!(disk.stop(SOON).unwrap().stats.total().shared, 3 * 8 * 2);
     no_devices();
 }

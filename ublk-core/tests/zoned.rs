@@ -9,7 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
-use disk::{Client, SOON, no_devices};
+use disk::kernel::lacks;
+use disk::{Client, SOON, bounded, no_devices};
 use ublk_core::control::{Control, DeviceState, Features, Zoned};
 use ublk_core::targets::ZonedMem;
 use ublk_core::{
@@ -520,6 +521,61 @@ fn zones_that_the_kernel_does_not_take_fail_the_start_by_their_name() {
                 assert_ne!(what, "sound", "{e}");
             }
         }
+        no_devices();
+    }
+}
+
+/// Where its zones' write pointers are is the next server's to know, and the next disk's.
+#[test]
+fn a_zoned_disk_is_handed_over_recovered_halted_and_started() {
+    // The last because it came with what lets a device start twice.
+    if lacks(Features::QUIESCE | Features::IO_DESC_SIZE) {
+        return;
+    }
+    let options = || ZonedMem::options().conventional(1).max_open(3);
+    let recovery = Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE;
+    for (path, more) in ways() {
+        let mem = options().create(4 * ZONE, ZONE).unwrap();
+        let builder = mem.builder().data_path(path).require(recovery | more);
+        let disk = builder.start().unwrap();
+        let id = disk.id();
+        let client = Client::open(disk.path());
+        let block = |n: u8| [n; BLOCK as usize];
+        let write_pointer = || report(&client, ZONE)[0].wp << 9;
+        client.write(ZONE, &block(1)).unwrap();
+        assert_eq!(act(&client, BLKFINISHZONE, 2, 1), 0);
+        bounded("the handover", move || disk.hand_over(SOON).unwrap());
+        let recover = |mem: &ZonedMem| {
+            let builder = mem.builder();
+            bounded("a recovery", move || builder.recover(id, &Control::open().unwrap()))
+        };
+        let other = options().max_open(2).create(4 * ZONE, ZONE).unwrap();
+        let e = recover(&other).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+        assert!(e.to_string().contains("the disk's zones are"), "{e}");
+        let disk = recover(&mem).unwrap();
+        assert_eq!(disk.data_path(), path);
+        assert_eq!(write_pointer(), ZONE + BLOCK, "{path} {more}");
+        client.write(ZONE + BLOCK, &block(2)).unwrap();
+        assert_eq!(client.write_errno(ZONE, &block(9)), libc::EIO, "not at the write pointer");
+        assert_eq!(write_pointer(), ZONE + 2 * BLOCK, "{path} {more}");
+        assert_eq!(client.read(ZONE, 8192).unwrap(), [block(1), block(2)].concat());
+        assert_eq!(client.write_errno(2 * ZONE, &block(9)), libc::EIO, "it is full");
+        assert_eq!(act(&client, BLKRESETZONE, 2, 1), 0);
+        client.write(2 * ZONE, &block(4)).unwrap();
+        drop(client);
+        // Its next disk is asked for its zones anew.
+        let added = bounded("the halt", move || disk.halt(SOON).unwrap());
+        assert_eq!(added.id(), id);
+        let disk = added.start().unwrap();
+        assert_eq!(limit(&disk, "zoned"), "host-managed");
+        let client = Client::open(disk.path());
+        let pointers: Vec<_> = report(&client, 0).iter().map(|zone| zone.wp << 9).collect();
+        assert_eq!(pointers[1..], [ZONE + 2 * BLOCK, 2 * ZONE + BLOCK, 3 * ZONE], "{path} {more}");
+        client.write(ZONE + 2 * BLOCK, &block(3)).unwrap();
+        assert_eq!(client.read(ZONE + 2 * BLOCK, BLOCK as usize).unwrap(), block(3));
+        drop(client);
+        assert_eq!(disk.stop(SOON).unwrap().stats.total().rejected, 0, "{path} {more}");
         no_devices();
     }
 }

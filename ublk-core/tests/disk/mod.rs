@@ -61,6 +61,15 @@ pub(crate) fn bounded<T: Send + 'static>(
     }
 }
 
+/// Has this thread run on one CPU only.
+pub(crate) fn pin(cpu: u32) {
+    let mut mask = [0u64; 16];
+    mask[cpu as usize / 64] |= 1 << (cpu % 64);
+    // SAFETY: the pointer is to `size_of_val(&mask)` readable bytes.
+    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&mask), mask.as_ptr().cast()) };
+    assert_eq!(pinned, 0);
+}
+
 /// Memory for direct I/O.
 pub(crate) struct Aligned {
     start: NonNull<u8>,
