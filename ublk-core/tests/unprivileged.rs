@@ -2,6 +2,7 @@
 //! shipped. This very binary is started again as the user, as a stranger, and as udev's helper.
 
 mod disk;
+mod sharing;
 #[path = "../examples/ublk_chown.rs"]
 mod ublk_chown;
 
@@ -11,18 +12,18 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use disk::kernel::lacks;
+use disk::kernel::{lacks, offered};
 use disk::node::{AsItWas, CONTROL};
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
     Backend, Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext,
-    Request,
+    Request, SharedBuffer,
     targets::{File, Mem},
 };
 
@@ -194,6 +195,9 @@ fn owner() {
     disk.stop(SOON).unwrap();
     fs::remove_file(&path).unwrap();
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+    if offered().contains(F::UPDATE_SIZE | F::SHMEM_ZC) {
+        changed_while_it_is_used();
+    }
     // By force, with the disk open: what the driver has no short deletion for.
     let disk = mem().start().unwrap();
     let client = Client::open(disk.path());
@@ -205,6 +209,31 @@ fn owner() {
         stop.join().unwrap().unwrap();
     });
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+}
+
+/// By commands that have to name the device's node as every other.
+fn changed_while_it_is_used() {
+    let shared = Arc::new(AtomicU64::new(0));
+    let disk = sharing::counting(DataPath::Copy, F::UNPRIVILEGED_DEV, &shared).start().unwrap();
+    let size = || {
+        let told = fs::read_to_string(format!("/sys/block/ublkb{}/size", disk.id())).unwrap();
+        told.trim().parse::<u64>().unwrap() * 512
+    };
+    let whole = size();
+    disk.resize(whole / 2).unwrap();
+    assert_eq!(size(), whole / 2);
+    disk.resize(whole).unwrap();
+    assert_eq!(size(), whole);
+    let buffer = SharedBuffer::new(SIZE).unwrap();
+    let number = disk.share(&buffer).unwrap();
+    sharing::exercise(&disk, &buffer);
+    let counted = shared.load(Ordering::SeqCst);
+    assert!(counted >= 12, "{counted}");
+    disk.unshare(number).unwrap();
+    sharing::exercise(&disk, &buffer);
+    assert_eq!(shared.load(Ordering::SeqCst), counted, "it is not shared any more");
+    assert_eq!(disk.share(&buffer).unwrap(), number);
+    disk.stop(SOON).unwrap();
 }
 
 fn stranger() {
