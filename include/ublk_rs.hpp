@@ -438,9 +438,10 @@ public:
         try {
             detail::checked([&](ublk_rs_error *e) { return ublk_rs_device_wait(native(), ms, e); });
         } catch (const error &e) {
-            // What took a device down may be called the same, and then it has ended.
-            if (e.code().value() == ETIMEDOUT && ending() == 0) return false;
-            throw;
+            if (e.code().value() != ETIMEDOUT) throw;
+            if (ending() == 0) return false;
+            // It has ended since, or what took it down is called the same: this says which, at once.
+            wait();
         }
         return true;
     }

@@ -120,6 +120,8 @@ def ensure() -> None:
         say(f"the package in {VENV} is up to date")
         return
     say("building the wheel (maturin; the first time takes a minute)")
+    # From here on, until it is done, what is installed is nobody knows what.
+    STAMP.unlink(missing_ok=True)
     made = build()
     say(f"installing {made.name} into {VENV}")
     # No index is asked: the package needs nothing but the interpreter.

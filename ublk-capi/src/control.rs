@@ -253,8 +253,9 @@ pub unsafe extern "C" fn ublk_rs_control_delete(
     })
 }
 
-/// Takes a live device from its server, whoever that is, for another to recover it: UBLK_RS_FEATURE_QUIESCE (since Linux
-/// 6.16).
+/// Takes a live disk from its server, whoever that is, for another to recover it (UBLK_RS_FEATURE_QUIESCE, since Linux
+/// 6.16): new requests wait until then, those that the server has are waited for. A server that is to give its disk away by
+/// itself has ublk_rs_device_hand_over(). A disk that is quiesced already is what was asked for.
 ///
 /// Waits. Not from a callback.
 ///
@@ -262,8 +263,9 @@ pub unsafe extern "C" fn ublk_rs_control_delete(
 /// @param id          the device's number
 /// @param timeout_ms  for how long at most; UBLK_RS_FOREVER
 /// @param error       NULL, or where to say what went wrong
-/// @return 0; -ENODEV, -EBUSY if requests stay with the server, -EBADFD without a disk, -EOPNOTSUPP without the feature,
-///         -ETIMEDOUT, -EINVAL, -EDEADLK
+/// @return 0 once the server has let go of it; -ETIMEDOUT if it has not: new requests wait all the same, and this has to be
+///         called again; -EBADFD without a disk, or if somebody stopped it meanwhile, -EOPNOTSUPP without the feature and
+///         with UBLK_RS_FEATURE_BATCH_IO, -ENODEV, -EINVAL, -EDEADLK
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ublk_rs_control_quiesce(
     control: *const ublk_rs_control,
@@ -276,8 +278,7 @@ pub unsafe extern "C" fn ublk_rs_control_quiesce(
         boundary::may_wait(ATTEMPT)?;
         // SAFETY: the program's promise about its handle.
         let handle = unsafe { of(control, ATTEMPT) }?;
-        let idle = if timeout_ms == UBLK_RS_FOREVER { 0 } else { timeout_ms };
-        handle.control.quiesce_dev(id, idle, &wait(handle, timeout_ms))
+        handle.control.quiesce(id, &wait(handle, timeout_ms))
     })
 }
 

@@ -1,6 +1,7 @@
 //! The device's handle: made, described, started, stopped, freed.
 
-use std::ffi::CString;
+use std::ffi::{CString, c_char};
+use std::ptr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
@@ -59,8 +60,8 @@ pub(crate) struct Device {
     source: Mutex<Option<Source>>,
     table: Arc<Table<Request>>,
     inbox: OnceLock<Arc<Inbox>>,
-    /// `/dev/ublkbN`: strings that were given out live as long as this.
-    path: OnceLock<CString>,
+    /// `/dev/ublkbN`, of each life that had another than the one before: strings that were given out live as long as this.
+    paths: Mutex<Vec<CString>>,
     generation: u32,
     /// For what has to keep it.
     this: Weak<Device>,
@@ -95,7 +96,7 @@ impl Device {
             // The driver makes no more queues than there can be CPUs.
             table: Arc::new(Table::new(possible_cpus())),
             inbox: OnceLock::new(),
-            path: OnceLock::new(),
+            paths: Mutex::default(),
             generation: fork::generation(),
             this: Weak::clone(this),
         })
@@ -182,8 +183,18 @@ impl Device {
         self.lock().device.clone()
     }
 
-    pub(crate) fn path(&self) -> Option<&CString> {
-        self.path.get()
+    /// `/dev/ublkbN`, with a NUL at its end, for as long as this lives; NULL before there was one.
+    pub(crate) fn path(&self) -> *const c_char {
+        let paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+        // The vector may move, not what its elements own; and none is ever taken out.
+        paths.last().map_or(ptr::null(), |path| path.as_ptr())
+    }
+
+    fn is_now_at(&self, path: CString) {
+        let mut paths = self.paths.lock().unwrap_or_else(PoisonError::into_inner);
+        if paths.last() != Some(&path) {
+            paths.push(path);
+        }
     }
 
     fn builder(self: &Arc<Self>, config: &Config, shape: Option<u16>) -> Result<Builder> {
@@ -267,7 +278,7 @@ impl Device {
         match done {
             Ok(running) => {
                 let text = running.path().as_os_str().as_encoded_bytes().to_vec();
-                let _ = self.path.set(CString::new(text).unwrap_or_default());
+                self.is_now_at(CString::new(text).unwrap_or_default());
                 state.device = Some(running.handle());
                 state.phase = Phase::Running(Box::new(running));
                 Ok(())
@@ -344,7 +355,8 @@ impl Device {
         })
     }
 
-    /// Calls the program for the requests that have come. `Err` if there are none and none will come any more.
+    /// Calls the program for the requests that have come by now: those that come meanwhile have the next turn, or a busy
+    /// disk would keep its caller. `Err` if there are none and none will come any more.
     pub(crate) fn dispatch(&self, most: u32) -> std::result::Result<u32, ()> {
         let (Some(inbox), Some(Source::Program(callbacks))) = (self.inbox.get(), self.source())
         else {
@@ -359,16 +371,18 @@ impl Device {
             false => None,
         };
         let _inside = boundary::Inside::of_callback();
+        let most = most.min(u32::try_from(inbox.waiting().max(1)).unwrap_or(u32::MAX));
         let mut done = 0;
         while done < most {
             match (inbox.next(), &submitter) {
                 (Ok(request), Some(submitter)) => submitter.submit(request),
                 (Ok(request), None) => serve::call(&callbacks, request),
                 (Err(false), _) if done == 0 => return Err(()),
-                (Err(_), _) => break,
+                (Err(_), _) => return Ok(done),
             }
             done += 1;
         }
+        inbox.settle();
         Ok(done)
     }
 
@@ -400,7 +414,10 @@ impl Device {
         let over = {
             let mut state = self.lock();
             match state.phase {
-                Phase::Running(_) => std::mem::replace(&mut state.phase, Phase::Over),
+                // A halted device is deleted, as it goes.
+                Phase::Running(_) | Phase::Described(Some(_)) => {
+                    std::mem::replace(&mut state.phase, Phase::Over)
+                }
                 _ => return Ok(stopped),
             }
         };

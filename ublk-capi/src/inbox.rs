@@ -91,19 +91,34 @@ impl Inbox {
         self.lock().dispatcher == this_thread()
     }
 
+    /// How many wait now.
+    pub(crate) fn waiting(&self) -> usize {
+        self.lock().waiting.len()
+    }
+
     /// The next request; without one, the descriptor is not readable any more, and this is whether anything may still
     /// come.
     pub(crate) fn next(&self) -> std::result::Result<Request, bool> {
         let mut state = self.lock();
-        if let Some(request) = state.waiting.pop_front() {
-            return Ok(request);
+        state.waiting.pop_front().ok_or_else(|| self.settled(&mut state))
+    }
+
+    /// The descriptor is not readable any more if nothing waits: for a caller that had all that it wanted.
+    pub(crate) fn settle(&self) {
+        let mut state = self.lock();
+        if state.waiting.is_empty() {
+            self.settled(&mut state);
         }
+    }
+
+    /// Nothing waits; whether anything may still come. Once everything has ended the descriptor stays readable, so that no
+    /// loop waits for ever.
+    fn settled(&self, state: &mut State) -> bool {
         let alive = state.queues > 0;
-        // Once everything has ended it stays readable, so that no loop waits for ever.
         if alive {
-            self.silence(&mut state);
+            self.silence(state);
         }
-        Err(alive)
+        alive
     }
 
     fn silence(&self, state: &mut State) {

@@ -366,7 +366,7 @@ unsafe fn stop(device: *mut ublk_rs_device, ms: u64, force: bool) -> ublk_core::
 }
 
 /// Stops the disk when nobody uses it and keeps the device: options can be set again, and ublk_rs_device_start() gives
-/// it another disk with the same number (since Linux 7.3).
+/// it another disk with the same number (since Linux 7.3). ublk_rs_device_stop() deletes it.
 ///
 /// Waits, as ublk_rs_device_stop(). Not from a callback.
 ///
@@ -389,6 +389,9 @@ pub unsafe extern "C" fn ublk_rs_device_halt(
 /// Gives the disk to the next server, which takes it by ublk_rs_device_recover(): under its users, without a failed
 /// request. It must have been started with UBLK_RS_FEATURE_USER_RECOVERY.
 ///
+/// Memory that was shared with clients is shared no more, so that the next server can do that. That may have happened also
+/// if the handover then fails: clients' data is copied until it is shared again.
+///
 /// Waits: for what this program has not answered. Not from a callback.
 ///
 /// @param device      the device
@@ -407,7 +410,8 @@ pub unsafe extern "C" fn ublk_rs_device_hand_over(
     })
 }
 
-/// Gives a running disk another size (since Linux 6.16). The backend serves the larger of both meanwhile.
+/// Gives a running disk another size (since Linux 6.16). The backend serves the larger of both meanwhile. Of the ready-made
+/// ones "mem" keeps the bytes that it was made with: what a larger disk has behind them is EINVAL for clients.
 ///
 /// Waits: for the kernel, a moment. Not from a callback.
 ///
@@ -507,7 +511,8 @@ pub unsafe extern "C" fn ublk_rs_device_unshare(
 }
 
 /// The descriptor to watch for readability, of a device with the option dispatch: while it is readable,
-/// ublk_rs_device_dispatch() has something to do. It belongs to the device and must not be read or closed.
+/// ublk_rs_device_dispatch() has something to do. It belongs to the device and must not be read or closed. Who watches for
+/// its edges (EPOLLET) dispatches until that returns 0.
 ///
 /// Never blocks. Any thread, once the device was started.
 ///
@@ -531,7 +536,8 @@ pub unsafe extern "C" fn ublk_rs_device_fd(device: *const ublk_rs_device) -> c_i
 /// on calling the backend while it waits.
 ///
 /// @param device  the device
-/// @param most    how many requests at most; 0 for all that are there
+/// @param most    how many requests at most; 0 for all that are there now. Those that come meanwhile have the next call,
+///                for which the descriptor is readable
 /// @return how many it were; -ENODEV once the device has ended and nothing will come any more, -EINVAL for NULL, -EBADFD
 ///         without the option or before the start, -EDEADLK from inside of a callback, -ECHILD
 #[unsafe(no_mangle)]
@@ -557,7 +563,8 @@ pub unsafe extern "C" fn ublk_rs_device_dispatch(device: *mut ublk_rs_device, mo
     })
 }
 
-/// The disk: "/dev/ublkbN"; NULL before the device was started. The string lives until the device is freed.
+/// The disk: "/dev/ublkbN"; NULL before the device was started. The string lives until the device is freed; a device that
+/// was halted may have another number after its next start.
 ///
 /// Never blocks. Any thread.
 #[unsafe(no_mangle)]
@@ -565,7 +572,7 @@ pub unsafe extern "C" fn ublk_rs_device_path(device: *const ublk_rs_device) -> *
     answer(ptr::null(), || {
         // SAFETY: the program's promise about its handle.
         let device = unsafe { Device::of(device, "find the disk") };
-        device.ok().and_then(Device::path).map_or(ptr::null(), |path| path.as_ptr())
+        device.map_or(ptr::null(), Device::path)
     })
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
 use disk::{Client, SOON, bounded, devices, eventually, no_devices};
-use ublk_core::control::{Control, DeviceState, Features, Wait};
+use ublk_core::control::{CancelToken, Control, DeviceState, Features, Wait};
 use ublk_core::{
     Builder, Capabilities, Ending, Errno, ErrorKind, QueueContext, Request, Running, StopFailed,
     Workers,
@@ -259,11 +259,9 @@ fn a_device_that_somebody_else_quiesces_is_left_to_the_next_server() {
         assert_eq!(errno_of(reading(&disk, 0)), 0);
         let (id, handle) = (disk.id(), disk.handle());
         let control = Control::open().unwrap();
-        // As often as it takes: a tag may be on its way.
-        eventually("the device is quiesced", || {
-            control.quiesce_dev(id, 100, &Wait::for_(SOON)).unwrap();
-            state(id) == DeviceState::Quiesced
-        });
+        control.quiesce(id, &Wait::for_(SOON)).unwrap();
+        assert_eq!(state(id), DeviceState::Quiesced);
+        control.quiesce(id, &Wait::for_(SOON)).unwrap();
         assert_eq!(handle.wait().unwrap(), Ending::StoppedByOthers);
         assert_eq!(handle.state().unwrap(), DeviceState::Quiesced);
         assert!(handle.stats().total().completed() > 0);
@@ -278,6 +276,52 @@ fn a_device_that_somebody_else_quiesces_is_left_to_the_next_server() {
         assert_eq!((devices(), state(id)), (vec![id], DeviceState::Quiesced));
         stop(recover(id));
     }
+}
+
+#[test]
+fn who_quiesces_a_disk_waits_for_the_requests_that_its_server_has() {
+    if !can_hand_over() {
+        return;
+    }
+    let desk = Desk::default();
+    let disk = desk.builder().require(PLAIN).start().unwrap();
+    let (id, control) = (disk.id(), Control::open().unwrap());
+    desk.hold(true);
+    let held = reading(&disk, 0);
+    desk.has(1);
+    // The driver says that it has quiesced it, and has not.
+    let error = control.quiesce(id, &Wait::for_(Duration::from_millis(300))).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::TimedOut);
+    assert!(error.to_string().contains("its server has not let go of it"), "{error}");
+    assert_eq!(state(id), DeviceState::Live);
+    let token = CancelToken::new();
+    let wait = Wait::forever().cancelled_by(&token);
+    let waits = std::thread::spawn(move || control.quiesce(id, &wait).unwrap_err().kind());
+    token.cancel();
+    assert_eq!(bounded("a wait that is given up", || waits.join().unwrap()), ErrorKind::Cancelled);
+    let quiesces = std::thread::spawn(move || {
+        Control::open().unwrap().quiesce(id, &Wait::for_(SOON)).unwrap();
+        state(id)
+    });
+    desk.answer();
+    assert_eq!(errno_of(held), 0);
+    assert_eq!(bounded("the disk is quiesced", || quiesces.join().unwrap()), DeviceState::Quiesced);
+    drop(disk);
+    stop(recover(id));
+}
+
+#[test]
+fn a_batched_disk_is_not_quiesced() {
+    if !can_hand_over() || lacks(Features::BATCH_IO) {
+        return;
+    }
+    let granted = PLAIN | Features::QUIESCE | Features::BATCH_IO;
+    let disk = Desk::default().builder().require(granted).start().unwrap();
+    let error = Control::open().unwrap().quiesce(disk.id(), &Wait::for_(SOON)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("of a device with BATCH_IO"), "{error}");
+    assert_eq!(errno_of(reading(&disk, 0)), 0);
+    stop(disk);
 }
 
 #[test]

@@ -10,10 +10,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
-use disk::{Aligned, Client, SOON, bounded, eventually, no_devices};
+use disk::{Aligned, Client, SOON, bounded, eventually, impatience, no_devices};
 use sharing::{Counted, MIB, Mapping, Store, counting, exercise, pattern};
 use ublk_core::control::{ControlOptions, Features};
 use ublk_core::targets::Null;
@@ -273,7 +272,10 @@ impl HugePages {
             return None;
         };
         let pages = HugePages(before);
-        assert_eq!(std::fs::read_to_string(RESERVED).unwrap().trim(), "2", "reserved");
+        if std::fs::read_to_string(RESERVED).unwrap().trim() != "2" {
+            println!("\nnot run: the kernel finds no memory for huge pages");
+            return None;
+        }
         Some(pages)
     }
 }
@@ -345,7 +347,7 @@ fn a_disk_is_not_frozen_for_a_backend_that_keeps_a_request() {
         return;
     }
     let (held, answers) = (Held::default(), Arc::default());
-    let impatient = ControlOptions::new().patience(Duration::from_millis(300)).open().unwrap();
+    let impatient = ControlOptions::new().patience(impatience()).open().unwrap();
     let disk = holding(&held, &answers).add(&impatient).unwrap().start().unwrap();
     let path = disk.path().to_owned();
     let client = std::thread::spawn(move || Client::reader(&path).read_errno(MIB, 4096));

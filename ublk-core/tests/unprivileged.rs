@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -281,25 +281,35 @@ fn shortened(id: u32) {
 }
 
 const KEPT: u64 = 8192;
-const AT_ONCE: u64 = 32;
+/// Keep the worker for a half and for a quarter of the timeout.
+const HALF: u64 = SIZE - 16384;
+const QUARTER: u64 = SIZE - 8192;
+/// More than io_uring brings at once.
+const AT_ONCE: u64 = 60;
 
 /// Requests that take their time, on the worker: apart, so that nothing merges them, and where nobody looks who wants to
 /// know what is on the disk.
 fn slow(i: u64) -> u64 {
-    SIZE / 2 + i * 16384 + 12288
+    SIZE / 2 + i * 8192 + 4096
 }
 
 fn is_slow(offset: u64) -> bool {
-    offset >= SIZE / 2 && offset % 16384 == 12288
+    offset >= SIZE / 2 && offset % 8192 == 4096
 }
 
 fn keeper() {
     let (kept, requests) = channel::<Request>();
-    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let (begun, busy) = channel::<()>();
+    let tell = Arc::new(Mutex::new((kept, begun)));
     let disk = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
-        let kept = kept.lock().unwrap().clone();
+        let (kept, begun) = tell.lock().unwrap().clone();
         move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
             KEPT => kept.send(request).unwrap(),
+            offset @ (HALF | QUARTER) => {
+                begun.send(()).unwrap();
+                std::thread::sleep(timeout() / if offset == HALF { 2 } else { 4 });
+                request.complete(Ok::<(), Errno>(())).unwrap();
+            }
             offset if is_slow(offset) => {
                 std::thread::sleep(timeout() / 20);
                 request.complete(Ok::<(), Errno>(())).unwrap();
@@ -308,6 +318,9 @@ fn keeper() {
         }
     })
     .queues(1)
+    // So that no timer of idle memory wakes the worker.
+    .queue_depth(64)
+    .populate(true)
     .require(F::UNPRIVILEGED_DEV)
     .start()
     .unwrap();
@@ -336,14 +349,17 @@ fn keeper() {
     };
     whole();
     assert_eq!(disk.stats().total().revoked, 1);
-    // Each quick enough, together too slow: what comes with one turn is not left to the turn's end.
+    // Each quick enough, together too slow: what comes with one turn is not left to the turn's end. And what comes later,
+    // because io_uring does not bring it all at once, has waited as long.
+    let read = |at| {
+        let client = Client::reader(disk.path());
+        std::thread::spawn(move || client.read_errno(at, 4096))
+    };
     let begin = Instant::now();
-    let readers: Vec<_> = (0..AT_ONCE)
-        .map(|i| {
-            let client = Client::reader(disk.path());
-            std::thread::spawn(move || client.read_errno(slow(i), 4096))
-        })
-        .collect();
+    let first = read(HALF);
+    busy.recv().unwrap();
+    let readers: Vec<_> = (0..AT_ONCE).map(|i| read(slow(i))).collect();
+    assert_eq!(first.join().unwrap(), 0);
     let errnos: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
     assert!(begin.elapsed() < timeout(), "{:?}", begin.elapsed());
     let failed = errnos.iter().filter(|errno| **errno == libc::EIO).count() as u64;
@@ -351,6 +367,14 @@ fn keeper() {
     assert!((1..AT_ONCE).contains(&failed), "{errnos:?}");
     assert_eq!(disk.stats().total().revoked, 1 + failed);
     whole();
+    // A worker that was busy, and has nothing to do now: what comes then has not waited. With half of the timeout.
+    shortened(disk.id());
+    assert_eq!(read(QUARTER).join().unwrap(), 0);
+    let reader = read(KEPT);
+    let request = requests.recv().unwrap();
+    std::thread::sleep(timeout() / 6);
+    request.complete(Ok::<(), Errno>(())).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
     drop(client);
     assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
 }
@@ -372,10 +396,12 @@ fn a_request_that_takes_too_long_fails_and_its_server_lives() {
     }
     let _udev = Udev::start(TEST);
     let mut owner = User::start(TEST, "keeper", "", OWNER);
-    let id = owner.hears("serving ");
-    let timeout = timeout().as_millis().to_string();
-    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
-    owner.go_on();
+    for timeout in [timeout(), timeout() / 2] {
+        let id = owner.hears("serving ");
+        let timeout = timeout.as_millis().to_string();
+        fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
+        owner.go_on();
+    }
     owner.succeeds();
 }
 

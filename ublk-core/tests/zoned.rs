@@ -11,11 +11,11 @@ use std::{fs, io};
 
 use disk::kernel::lacks;
 use disk::{Client, SOON, bounded, no_devices};
-use ublk_core::control::{Control, Features, Zoned};
+use ublk_core::control::{Control, DeviceState, Features, Zoned};
 use ublk_core::targets::ZonedMem;
 use ublk_core::{
-    AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext,
-    Request, RequestFlags, Ring, RingFile, Zone, ZoneAction, ZoneState,
+    AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, Errno, ErrorKind, Op,
+    QueueContext, Request, RequestFlags, Ring, RingFile, Zone, ZoneAction, ZoneKind, ZoneState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -136,7 +136,13 @@ fn clients_see_the_zones_that_the_backend_has() {
     assert_eq!(all[2].wp, (2 * ZONE + 3 * BLOCK) >> 9);
     assert_eq!((all[3].state, all[3].wp), (1, (3 * ZONE) >> 9));
     assert_eq!(report(&client, 13 * ZONE), all[13..], "from the middle");
-    assert_eq!(disk.resize(32 * ZONE).unwrap_err().kind(), ErrorKind::Unsupported);
+    // By hand the driver would do it, and the kernel know of no zone more.
+    let control = Control::open().unwrap();
+    let by_hand = control.update_size(disk.id(), 32 * ZONE).unwrap_err();
+    for e in [disk.resize(32 * ZONE).unwrap_err(), by_hand] {
+        assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+    }
+    assert_eq!(control.get_dev_info(disk.id()).unwrap().capacity, Some(16 * ZONE));
     drop(client);
     let stats = disk.stop(SOON).unwrap().stats.total();
     assert!(stats.zone_report.completed >= 2, "at the start, and for the clients");
@@ -451,6 +457,70 @@ fn a_report_without_zones_fails_the_start_and_leaves_nothing() {
         });
         let e = builder.zoned(zoned).start().unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Io, "{e}");
+        no_devices();
+    }
+}
+
+#[test]
+fn zones_that_the_kernel_does_not_take_fail_the_start_by_their_name() {
+    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+    type Spoil = fn(&mut Zone);
+    let sound: Spoil = |_| ();
+    for (what, spoil) in [
+        ("sound", sound),
+        ("a capacity beyond the zone", |zone| zone.capacity = ZONE + BLOCK),
+        ("no capacity", |zone| zone.capacity = 0),
+        ("a gap", |zone| zone.start += BLOCK),
+        ("another length", |zone| zone.len = ZONE / 2),
+        ("room left in a conventional zone", |zone| {
+            zone.kind = ZoneKind::Conventional;
+            zone.state = ZoneState::NoWritePointer;
+            zone.capacity = ZONE / 2;
+        }),
+    ] {
+        let caps = Capabilities::WRITE | Capabilities::ZONED;
+        let builder = Builder::with_handlers(8 * ZONE, caps, move |_| {
+            move |request: Request, _: &mut QueueContext<'_>| {
+                let first = request.offset() / ZONE;
+                let zone = |number| {
+                    let start = number * ZONE;
+                    let (kind, state) = (ZoneKind::Sequential, ZoneState::Empty);
+                    let (len, capacity) = (ZONE, ZONE);
+                    let mut zone = Zone { start, len, capacity, write_pointer: start, kind, state };
+                    if number == 1 {
+                        spoil(&mut zone);
+                    }
+                    zone
+                };
+                let _ = match request.op() {
+                    Op::ReportZones => {
+                        let zones: Vec<_> =
+                            (first..first + u64::from(request.zones())).map(zone).collect();
+                        request.complete_report(&zones)
+                    }
+                    _ => request.complete(Ok::<_, io::Error>(())),
+                };
+            }
+        });
+        match builder.zoned(zoned).start() {
+            Ok(disk) => {
+                assert_eq!(what, "sound");
+                assert_eq!(disk.state().unwrap(), DeviceState::Live);
+                disk.stop(SOON).unwrap();
+            }
+            Err(e) => {
+                assert_eq!(
+                    (e.kind(), e.errno()),
+                    (ErrorKind::InvalidParameter, Some(Errno::ENODEV)),
+                    "{what}: {e}"
+                );
+                assert!(
+                    e.to_string().contains("refuses the zones that the backend reports"),
+                    "{what}: {e}"
+                );
+                assert_ne!(what, "sound", "{e}");
+            }
+        }
         no_devices();
     }
 }

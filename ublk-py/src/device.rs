@@ -2,7 +2,6 @@
 
 use std::io::{PipeReader, Write, pipe};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,8 +30,6 @@ pub(crate) struct Device {
     sink: Option<Arc<Sink>>,
     pool: Option<Arc<Pool>>,
     ended: Mutex<Option<PipeReader>>,
-    /// The disk's, which is known also while another thread resizes it.
-    size: Arc<AtomicU64>,
     /// A forked child has the object, but not the device.
     process: u32,
 }
@@ -51,7 +48,6 @@ impl Device {
     ) -> PyResult<Self> {
         let handle = running.handle();
         let device = Device {
-            size: Arc::new(AtomicU64::new(handle.params().capacity())),
             handle,
             running: Arc::new(Mutex::new(Some(running))),
             sink,
@@ -208,14 +204,13 @@ impl Device {
     /// Bytes of the disk.
     #[getter]
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.handle.params().capacity()
     }
 
     fn resize(&self, py: Python<'_>, size: u64) -> PyResult<()> {
         self.check_thread("resize the device")?;
-        let (handle, told) = (self.handle.clone(), Arc::clone(&self.size));
-        left_alone(py, move || handle.resize(size).map(|()| told.store(size, Ordering::Relaxed)))?
-            .or_raise(py)
+        let handle = self.handle.clone();
+        left_alone(py, move || handle.resize(size))?.or_raise(py)
     }
 
     /// Stops and deletes; what could not be cleaned up, in words.

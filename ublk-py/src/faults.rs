@@ -383,7 +383,6 @@ impl Fault {
     }
 }
 
-/// The calls of a ready-made backend that can be behind another.
 /// The most bytes that a disk of a ready-made backend can have by now; None of one that knows no such bound.
 #[pyfunction]
 pub(crate) fn room(py: Python<'_>, backend: &Bound<'_, PyAny>) -> PyResult<Option<u64>> {
@@ -398,6 +397,7 @@ pub(crate) fn room(py: Python<'_>, backend: &Bound<'_, PyAny>) -> PyResult<Optio
     py.detach(|| calls.room()).map_err(|e| io_error(&e))
 }
 
+/// The calls of a ready-made backend that can be behind another.
 fn calls_of(backend: &Bound<'_, PyAny>) -> PyResult<Wrapped> {
     if backend.is_instance_of::<Null>() {
         return Ok(Wrapped::Null);

@@ -1,12 +1,11 @@
 //! The machine's devices and what its driver can do.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use ublk_core::control::{CancelToken, Control, DeviceInfo, DeviceState, Features, Wait};
-use ublk_core::{Error, ErrorKind};
+use ublk_core::control::{CancelToken, Control, DeviceInfo, Features, Wait};
 
 use crate::errors::OrRaise;
 use crate::interrupt::interruptible;
@@ -71,47 +70,5 @@ pub(crate) fn delete(py: Python<'_>, id: u32, timeout: f64) -> PyResult<()> {
 pub(crate) fn quiesce(py: Python<'_>, id: u32, timeout: f64) -> PyResult<()> {
     let token = CancelToken::new();
     let wait = Wait::for_(seconds(timeout)?).cancelled_by(&token);
-    let theirs = token.clone();
-    interruptible(py, &token, move || quiesce_until(&Control::open()?, id, &wait, &theirs))?
-        .or_raise(py)
-}
-
-/// How long the driver has for an answer.
-const SOON: Duration = Duration::from_secs(5);
-/// How long the driver looks for requests that are out before it says so.
-const LOOK_MS: u64 = 100;
-/// How often a device is looked at that its server has not let go of. Nothing tells of that.
-const STEP: Duration = Duration::from_millis(20);
-
-/// The driver takes idle requests from the server, and does not see others: it is asked until there are none.
-fn quiesce_until(
-    control: &Control,
-    id: u32,
-    wait: &Wait,
-    token: &CancelToken,
-) -> ublk_core::Result<()> {
-    loop {
-        // Not until the caller's deadline: its own wait is short, and what it has begun is known when it ends.
-        match control.quiesce_dev(id, LOOK_MS, &Wait::for_(SOON).cancelled_by(token)) {
-            Err(error) if !matches!(error.kind(), ErrorKind::Busy | ErrorKind::TimedOut) => {
-                return Err(error);
-            }
-            _ => {}
-        }
-        let again = Instant::now() + Duration::from_millis(LOOK_MS);
-        while Instant::now() < again {
-            if control.get_dev_info(id)?.state != DeviceState::Live {
-                return Ok(());
-            }
-            if wait.is_over() {
-                return Err(Error::new(ErrorKind::TimedOut, "quiesce the device")
-                    .on_device(id)
-                    .because("its server has not let go of it; new requests wait until it has")
-                    .remedy_is(
-                        "have its server answer the requests that it has, and call this again",
-                    ));
-            }
-            std::thread::sleep(STEP);
-        }
-    }
+    interruptible(py, &token, move || Control::open()?.quiesce(id, &wait))?.or_raise(py)
 }

@@ -1,15 +1,25 @@
 //! All devices of the machine: listing them, and deleting one whoever made it.
 
+use std::path::Path;
+use std::time::{Duration, Instant};
+
 use super::Control;
 use super::features::Features;
 use super::holders::{self, Holder, Nodes};
-use std::path::Path;
-
 use super::info::{DeviceInfo, DeviceState};
 use super::wait::Wait;
 use crate::error::{Error, ErrorKind, Result};
 
 const PROC: &str = "/proc";
+/// How long the driver has for one QUIESCE_DEV: it waits for no request, but its locks may be held.
+const ANSWER: Duration = Duration::from_secs(5);
+/// What drivers that do find busy queues are given before they say so, in milliseconds: the time is spent with the
+/// device's lock held.
+pub(crate) const QUIESCE_IDLE_MS: u64 = 20;
+/// How long tags have to come home after a QUIESCE_DEV before the next.
+const HOMEWARD: Duration = Duration::from_millis(100);
+/// How often a device is looked at that its server has not let go of. Nothing tells of that.
+const STEP: Duration = Duration::from_millis(20);
 
 impl Control {
     /// Every device of this machine that the caller may ask about, by ascending id.
@@ -61,16 +71,8 @@ impl Control {
     /// does not answer, or the deletion for processes that have the device open, which the error
     /// names as far as they are visible.
     pub fn delete(&self, id: u32, wait: &Wait) -> Result<()> {
-        let info = self.get_dev_info(id).or_else(|e| match e.kind() {
-            ErrorKind::PermissionDenied | ErrorKind::InvalidParameter => self.get_dev_info2(id),
-            _ => Err(e),
-        })?;
+        let (control, info) = self.reaching(id)?;
         let nodes = Nodes::of(&self.0.places.sys, id);
-        // Without its path the driver takes no command about such a device, be it from root.
-        let control = match info.features.contains(Features::UNPRIVILEGED_DEV) {
-            true => self.with_device_paths(),
-            false => self.clone(),
-        };
         let deleted = match info.state {
             DeviceState::Dead => Ok(()),
             _ => control.stop_dev(id, wait),
@@ -94,6 +96,90 @@ impl Control {
                 (true, None) => e,
             }
         })
+    }
+
+    /// Takes a live disk from its server, whoever that is, for another to recover it: new requests wait until then, those that
+    /// the server has are waited for. A server that is to give its disk away by itself has
+    /// [`Running::hand_over`](crate::Running::hand_over).
+    ///
+    /// It repeats [`quiesce_dev`](Self::quiesce_dev), which leaves a tag that was with the server waiting for nothing, until
+    /// the driver has seen the last of the server. A disk that is quiesced already is what was asked for.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::TimedOut`] or [`ErrorKind::Cancelled`] if the wait ends before the server has let go of it: new requests
+    /// wait all the same, and it has to be called again; [`ErrorKind::WrongState`] without a disk, or if somebody stopped it
+    /// meanwhile; [`ErrorKind::Unsupported`] for a device without QUIESCE, by an older driver (Linux 6.16) and for one with
+    /// BATCH_IO, of which the driver fails what comes after a QUIESCE; [`ErrorKind::NoSuchDevice`].
+    pub fn quiesce(&self, id: u32, wait: &Wait) -> Result<()> {
+        const ATTEMPT: &str = "quiesce the device";
+        let refuse = |kind, cause| Err(Error::new(kind, ATTEMPT).on_device(id).because(cause));
+        let (control, info) = self.reaching(id)?;
+        if info.features.contains(Features::QUIESCE | Features::BATCH_IO) {
+            return refuse(
+                ErrorKind::Unsupported,
+                "of a device with BATCH_IO the driver fails the requests that come after a QUIESCE",
+            )
+            .map_err(|e| e.remedy_is("end its server: the next one gets its requests"));
+        }
+        let from = info.server_pid;
+        loop {
+            // Not until the caller's deadline: what it has begun is known when it ends.
+            let mut soon = Wait::for_(ANSWER);
+            if let Some(token) = wait.cancel_token() {
+                soon = soon.cancelled_by(token);
+            }
+            match control.quiesce_dev(id, QUIESCE_IDLE_MS, &soon) {
+                Err(e) if !matches!(e.kind(), ErrorKind::Busy | ErrorKind::TimedOut) => {
+                    return Err(e);
+                }
+                _ => {}
+            }
+            let again = Instant::now() + HOMEWARD;
+            while Instant::now() < again {
+                let now = control.get_dev_info(id)?;
+                match now.state {
+                    // The next server may have it already.
+                    DeviceState::Live if now.server_pid == from => {}
+                    DeviceState::Dead => {
+                        return refuse(ErrorKind::WrongState, "somebody stopped it meanwhile")
+                            .map_err(|e| e.remedy_is("delete it (Control::delete)"));
+                    }
+                    _ => return Ok(()),
+                }
+                if wait.is_over() {
+                    let kind = if wait.is_cancelled() {
+                        ErrorKind::Cancelled
+                    } else {
+                        ErrorKind::TimedOut
+                    };
+                    return refuse(
+                        kind,
+                        "its server has not let go of it; new requests wait until it has",
+                    )
+                    .map_err(|e| {
+                        e.remedy_is(
+                            "have its server answer the requests that it has, and call this again",
+                        )
+                    });
+                }
+                std::thread::sleep(STEP);
+            }
+        }
+    }
+
+    /// What is known of a device, and the control that may give commands about it: without its path the driver takes none
+    /// about an unprivileged device, be it from root.
+    fn reaching(&self, id: u32) -> Result<(Control, DeviceInfo)> {
+        let info = self.get_dev_info(id).or_else(|e| match e.kind() {
+            ErrorKind::PermissionDenied | ErrorKind::InvalidParameter => self.get_dev_info2(id),
+            _ => Err(e),
+        })?;
+        let control = match info.features.contains(Features::UNPRIVILEGED_DEV) {
+            true => self.with_device_paths(),
+            false => self.clone(),
+        };
+        Ok((control, info))
     }
 
     /// What keeps a device in use, as far as this process can see: as root every process, otherwise

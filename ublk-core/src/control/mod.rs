@@ -40,6 +40,7 @@ use std::time::Duration;
 
 pub(crate) use answer::NO_UDEV_RULES;
 pub(crate) use commands::Registrar;
+pub(crate) use devices::QUIESCE_IDLE_MS;
 
 pub use crate::uring::sqe::{ControlCommand, Encoding};
 pub use cpus::CpuSet;

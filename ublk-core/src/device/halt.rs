@@ -66,6 +66,8 @@ impl Life {
         // By whoever has it next; not by handles that somebody keeps.
         self.lock().deleted = true;
         self.set_ended(Ending::Stopped);
+        // A resize that the driver has done may not have been remembered yet.
+        drop(self.resizing.lock().unwrap_or_else(PoisonError::into_inner));
         let params = self.params.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut info = self.info.clone();
         info.capacity = Some(params.capacity());

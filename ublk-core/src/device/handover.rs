@@ -15,14 +15,11 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, from_now};
-use crate::control::{DeviceState, Features, Wait};
+use crate::control::{DeviceState, Features, QUIESCE_IDLE_MS, Wait};
 use crate::error::{Error, ErrorKind, Result};
 use crate::sys::clock::Stamp;
 
 const ATTEMPT: &str = "hand the device over";
-/// What drivers that do find busy queues are given before they say so, in milliseconds: the time is spent with
-/// the device's lock held.
-const IDLE_MS: u64 = 20;
 /// How long tags have to come home after a QUIESCE before requests in progress are looked at.
 const HOMEWARD: Duration = Duration::from_millis(20);
 /// A request's end is no event, nor is the driver's having noticed that a server is gone.
@@ -163,7 +160,7 @@ impl Life {
         }
         self.unshare_all(deadline.max(Instant::now() + PATIENCE))?;
         let wait = Wait::until(deadline.max(Instant::now() + PATIENCE));
-        match self.control.quiesce_dev(self.info.id, IDLE_MS, &wait) {
+        match self.control.quiesce_dev(self.info.id, QUIESCE_IDLE_MS, &wait) {
             Ok(()) => {}
             // What the driver did not wait for, or may do yet.
             Err(e) if matches!(e.kind(), ErrorKind::Busy | ErrorKind::TimedOut) => {}
@@ -200,7 +197,7 @@ impl Life {
                 return;
             }
             let wait = Wait::for_(PATIENCE);
-            match self.control.quiesce_dev(self.info.id, IDLE_MS, &wait) {
+            match self.control.quiesce_dev(self.info.id, QUIESCE_IDLE_MS, &wait) {
                 Err(e) if e.kind() != ErrorKind::Busy => {
                     tracing::warn!(device = self.info.id, %e, "a repeated QUIESCE failed");
                     return;

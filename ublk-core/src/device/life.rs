@@ -102,6 +102,7 @@ pub(crate) struct Life {
     pub(super) info: DeviceInfo,
     /// Only a resize changes them.
     pub(super) params: Mutex<DeviceParams>,
+    pub(super) resizing: Mutex<()>,
     pub(super) path: PathBuf,
     pub(super) generation: u32,
     pub(super) state: Mutex<State>,
@@ -145,6 +146,7 @@ impl Life {
             control,
             info,
             params: Mutex::new(params),
+            resizing: Mutex::default(),
             path,
             generation: fork::generation(),
             state: Mutex::new(State {

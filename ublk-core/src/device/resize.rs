@@ -44,8 +44,10 @@ impl Life {
                 fail(ErrorKind::InvalidParameter).because("a disk of no bytes is of no use")
             );
         }
-        // Held across the command, so that of two resizes the later one is what is remembered.
-        let mut params = self.params.lock().unwrap_or_else(PoisonError::into_inner);
+        // Of two resizes the later one is what is remembered. The parameters themselves are not locked across the command:
+        // who asks for the size may be what the driver waits for.
+        let _one_at_a_time = self.resizing.lock().unwrap_or_else(PoisonError::into_inner);
+        let params = self.params.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if params.zoned().is_some() {
             return Err(fail(ErrorKind::Unsupported)
                 .because("the kernel does not look for other zones on a disk that is in use"));
@@ -56,7 +58,7 @@ impl Life {
             return Err(fail(ErrorKind::WrongState).because("it is ending, or has ended"));
         }
         self.control.update_size(self.info.id, bytes)?;
-        *params = resized;
+        *self.params.lock().unwrap_or_else(PoisonError::into_inner) = resized;
         Ok(())
     }
 }

@@ -28,6 +28,11 @@ pub(crate) fn patience() -> Duration {
     SOON.mul_f64((scale.unwrap_or(1.0) / 3.0).clamp(1.0, 20.0))
 }
 
+/// Longer than what is answered takes, and as short as can be for waiting it out.
+pub(crate) fn impatience() -> Duration {
+    patience() / 60
+}
+
 /// Waits until something holds.
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + patience();

@@ -419,6 +419,7 @@ class Device(_native.Leaving, Changes):
         ...         await dev.stop_async()
         >>> asyncio.run(main())
         """
+        self._check_task("stop the device")
         token = _native.Token()
         await in_thread(lambda: self._stop(timeout, force=False, token=token), token.cancel)
 
@@ -431,6 +432,7 @@ class Device(_native.Leaving, Changes):
         ...         await dev.stop_force_async()
         >>> asyncio.run(main())
         """
+        self._check_task("stop the device")
         token = _native.Token()
         await in_thread(lambda: self._stop(timeout, force=True, token=token), token.cancel)
 

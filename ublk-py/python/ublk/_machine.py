@@ -62,9 +62,9 @@ def quiesce(id: int, timeout: float = 30.0) -> None:  # noqa: A002
 
     Raises:
         FileNotFoundError: There is no such device.
-        StateError: It has no disk: its server is gone.
-        OSError: It was made without ``recovery``, with ``recovery="fail"`` and without ``require=["QUIESCE"]``, or by
-            an older kernel.
+        StateError: It has no disk: its server is gone, or somebody stopped it meanwhile.
+        OSError: It was made without ``recovery``, with ``recovery="fail"`` and without ``require=["QUIESCE"]``, with
+            ``BATCH_IO``, or by an older kernel.
         TimeoutError: Its server has not let go of it. The disk's new requests wait all the same, until it has.
 
     >>> import ublk

@@ -337,6 +337,11 @@ def _conclude(session: pytest.Session, run: Running) -> None:
         raise session.Interrupted(
             f"{errors} error{'s' if errors != 1 else ''} during collection" if errors else "interrupted in the guest"
         )
+    told = run.failed or run.collect_errors
+    if run.code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not told:
+        pytest.exit(
+            f"the pytest on Linux {run.label} ended with {run.code}, and no test has failed", returncode=run.code
+        )
 
 
 def _keep(path: Path, text: str) -> None:
