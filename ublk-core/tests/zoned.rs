@@ -579,3 +579,40 @@ fn a_zoned_disk_is_handed_over_recovered_halted_and_started() {
         no_devices();
     }
 }
+
+#[test]
+fn appends_go_on_with_the_next_server() {
+    if lacks(Features::QUIESCE) || without_btrfs() {
+        return;
+    }
+    let recovery = Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE;
+    let most = [(DataPath::UserCopy, Features::NONE), (DataPath::ZeroCopy, Features::BATCH_IO)];
+    for (path, more) in ways().into_iter().filter(|way| most.contains(way)) {
+        let mem = ZonedMem::options().create(ZONES * ZONE, ZONE).unwrap();
+        let builder = mem.builder().logical_block_size(BLOCK as u32).data_path(path);
+        let disk = builder.require(recovery | more).start().unwrap();
+        let id = disk.id();
+        btrfs::make(disk.path());
+        let mount = btrfs::Mount::new(disk.path());
+        let append = |name: u8| {
+            let mut file = fs::File::create(mount.file(&name.to_string())).unwrap();
+            file.write_all(&[name; 100_000]).unwrap();
+            write_out(&file);
+        };
+        append(1);
+        bounded("the handover", move || disk.hand_over(SOON).unwrap());
+        let disk = mem.builder().recover(id, &Control::open().unwrap()).unwrap();
+        append(2);
+        drop(mount);
+        let mount = btrfs::Mount::new(disk.path());
+        for name in [1, 2] {
+            let data = fs::read(mount.file(&name.to_string())).unwrap();
+            assert!(data.len() == 100_000 && data.iter().all(|b| *b == name), "{path} {more}");
+        }
+        drop(mount);
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert!(stats.zone_append.completed > 0, "{path} {more}");
+        assert_eq!((stats.zone_append.errors, stats.rejected), (0, 0), "{path} {more}");
+        no_devices();
+    }
+}
