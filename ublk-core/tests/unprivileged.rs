@@ -13,7 +13,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -197,6 +197,7 @@ fn owner() {
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
     if offered().contains(F::UPDATE_SIZE | F::SHMEM_ZC) {
         changed_while_it_is_used();
+        shared_too_late();
     }
     // By force, with the disk open: what the driver has no short deletion for.
     let disk = mem().start().unwrap();
@@ -233,6 +234,41 @@ fn changed_while_it_is_used() {
     sharing::exercise(&disk, &buffer);
     assert_eq!(shared.load(Ordering::SeqCst), counted, "it is not shared any more");
     assert_eq!(disk.share(&buffer).unwrap(), number);
+    disk.stop(SOON).unwrap();
+}
+
+/// Memory that the driver takes when nobody waits for it any more is taken back, by a command that names the node, too.
+fn shared_too_late() {
+    let (kept, requests) = channel::<Request>();
+    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let builder = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
+        let (kept, mut all) = (kept.lock().unwrap().clone(), false);
+        move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+            KEPT if !all => {
+                all = true;
+                kept.send(request).unwrap();
+            }
+            _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+        }
+    });
+    let features = F::UNPRIVILEGED_DEV | F::SHMEM_ZC;
+    let disk = builder.queues(1).require(features).prefer(F::NO_AUTO_PART_SCAN).start().unwrap();
+    let reader = Client::reader(disk.path());
+    let reader = std::thread::spawn(move || reader.read_errno(KEPT, 4096));
+    let request = requests.recv().unwrap();
+    let impatient = ControlOptions::new().device_paths(true).patience(Duration::from_millis(300));
+    let impatient = impatient.open().unwrap();
+    let buffer = SharedBuffer::new(SIZE).unwrap();
+    let mapping = sharing::Mapping::of(&buffer);
+    let addr = mapping.start.as_ptr() as u64;
+    let memory = ublk_core::uapi::ublk_shmem_buf_reg { addr, len: SIZE, ..Default::default() };
+    // SAFETY: mapped for as long as the disk lives, and nobody has a slice of it.
+    let late = unsafe { impatient.reg_buf(disk.id(), &memory) }.unwrap_err();
+    has(&late, ErrorKind::TimedOut, "");
+    request.complete(Ok::<(), Errno>(())).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
+    eventually("it is undone", || impatient.outstanding().is_empty());
+    assert_eq!(disk.share(&buffer).unwrap(), 0, "neither the memory nor the number is taken");
     disk.stop(SOON).unwrap();
 }
 
