@@ -789,6 +789,10 @@ typedef struct ublk_rs_stats {
      * How often another thread had to wake one of them to hand a result over; of the whole device only.
      */
     uint64_t wake_ups;
+    /**
+     * Requests whose data lay in memory that clients share.
+     */
+    uint64_t shared;
 } ublk_rs_stats;
 
 /**

@@ -51,26 +51,38 @@ def served_well(guest: Guest, disk: str, folder: str) -> None:
 SECURE_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/c.md"])
-def test_the_pages_installation_ends_in_a_disk(guest: Guest, page: str) -> None:
-    """The lines of the page, the first of them outside, where Rust is, and the others by a root who has none."""
+def installing(page: str) -> list[str]:
+    """The lines of a page that end in a program, without their comments."""
     text = (layout.TREE / page).read_text()
     shown = next(b for b in re.findall(r"```console\n(.*?)```", text, re.DOTALL) if "ublk-capi install" in b)
-    build, *steps = [line.removeprefix("$ ").partition("  #")[0].strip() for line in shown.splitlines()]
+    return [line.removeprefix("$ ").partition("  #")[0].strip() for line in shown.splitlines()]
+
+
+def test_the_pages_installation_ends_in_a_disk(guest: Guest) -> None:
+    """The pages' lines, the first of them outside, where Rust is, and the others by a root who has none."""
+    (build, *steps, compiled), (*same, compiled_too) = installing("README.md"), installing("docs/c.md")
     assert build == "make -C ublk-capi"
+    assert same == [build, *steps]
     capi.prefix()
     guest.run("modprobe ublk_drv")
     assert any(step.startswith("sudo ") for step in steps)
     root = {"PATH": SECURE_PATH, "HOME": "/nowhere", "CARGO_TARGET_DIR": str(capi.target_dir())}
     env = " ".join(["env", "-i", *(f"{name}={value}" for name, value in root.items())])
+
+    def step(line: str) -> None:
+        guest.run(f"cd {layout.TREE} && exec {env} sh -c '{line.removeprefix('sudo ')}'", timeout=120)
+
     guest.run("touch /tmp/before")
     try:
-        for step in steps:
-            guest.run(f"cd {layout.TREE} && exec {env} sh -c '{step.removeprefix('sudo ')}'", timeout=120)
-        with running(guest, [layout.TREE / "ramdisk", str(SIZE)], {}) as (server, disk):
-            guest.run(["dd", "if=/dev/zero", f"of={disk}", "bs=64k", "count=4", "oflag=direct"])
-            testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
-            assert server.wait(30) == 0
+        for line in steps:
+            step(line)
+        for line in (compiled, compiled_too):
+            step(line)
+            with running(guest, [layout.TREE / "ramdisk", str(SIZE)], {}) as (server, disk):
+                guest.run(["dd", "if=/dev/zero", f"of={disk}", "bs=64k", "count=4", "oflag=direct"])
+                testdisk.delete(guest, int(disk.removeprefix("/dev/ublkb")))
+                assert server.wait(30) == 0
+            guest.run(f"rm {layout.TREE}/ramdisk")
     finally:
         # The machine has other tests to serve, which bring a library of their own.
         guest.run(f"rm -f {layout.TREE}/ramdisk; find /usr/local -newer /tmp/before ! -type d -delete; ldconfig")
@@ -161,7 +173,7 @@ def test_a_stuck_callback_outlives_its_device(guest: Guest, pytestconfig: pytest
 
 
 # What 6.12 has of a disk's life; 7.3 has all.
-EARLY = {"killed", "zoned", "targets"}
+EARLY = {"killed", "zoned", "targets", "dispatch-busy"}
 
 
 def test_a_disk_in_its_life(guest: Guest) -> None:

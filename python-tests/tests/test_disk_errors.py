@@ -70,8 +70,7 @@ def test_a_failed_flush_fails_fsync(guest: Guest, via: str, number: int) -> None
 @pytest.mark.vm(smp=4)
 @pytest.mark.parametrize("how", ["via=backend", "via=backend threads=3", "via=async", "via=handler"])
 def test_a_backend_that_panics_fails_one_request_and_serves_the_next(guest: Guest, how: str) -> None:
-    with testdisk.serving(guest, "target=test", *how.split()) as disks:
-        # Away from where the kernel may still be looking for partitions.
+    with testdisk.serving(guest, "target=test", testdisk.ALONE, *how.split()) as disks:
         place = 1 << 20
         disks.arm("panic", op="read", every=3, **{"from": place, "to": 2 * place})
         seen = disks.errnos(*(f"read:{place + i * 4096}:4096" for i in range(12)))
@@ -89,7 +88,7 @@ def test_a_backend_that_panics_fails_one_request_and_serves_the_next(guest: Gues
 
 @pytest.mark.vm(smp=4)
 def test_dropped_requests_are_answered_with_eio_and_counted(guest: Guest) -> None:
-    with testdisk.serving(guest, "target=test", "via=handler") as disks:
+    with testdisk.serving(guest, "target=test", testdisk.ALONE, "via=handler") as disks:
         disks.arm("drop", op="write", every=2)
         seen = disks.errnos(*(f"write:{i * 4096}:4096" for i in range(6)))
         assert seen == [0, errno.EIO] * 3
@@ -100,7 +99,7 @@ def test_dropped_requests_are_answered_with_eio_and_counted(guest: Guest) -> Non
 @pytest.mark.vm(smp=4)
 @pytest.mark.parametrize("how", ["via=backend", "via=backend threads=4", "via=async", "via=handler"])
 def test_delayed_answers_arrive_and_are_right(guest: Guest, how: str) -> None:
-    with testdisk.serving(guest, "target=test", "queues=2", *how.split()) as disks:
+    with testdisk.serving(guest, "target=test", testdisk.ALONE, "queues=2", *how.split()) as disks:
         disks.arm("delay", ms=3, every=2)
         _verify(guest, disks.path, "--bs=16k", "--iodepth=8", "--io_size=1M")
         assert disks.stats()["in_flight"] == 0

@@ -21,8 +21,7 @@ def faulty(guest: Guest, over: str) -> list[str]:
     """The options of a disk with faults."""
     where = guest.run("mktemp -d").out.strip()
     path = {"file": f"path={where}/img", "stripe": f"path={where}/a,{where}/b chunk=12288"}.get(over, "")
-    # Where START does not wait for the partition scan, nobody but the clients is to meet the faults.
-    return ["target=fault", f"over={over}", f"size={SIZE}", "prefer=NO_AUTO_PART_SCAN", *path.split()]
+    return ["target=fault", f"over={over}", f"size={SIZE}", testdisk.ALONE, *path.split()]
 
 
 def fio(guest: Guest, disk: str, *options: str) -> dict[str, Any]:

@@ -16,26 +16,43 @@ if TYPE_CHECKING:
 
 
 def settled(disks: testdisk.Disks) -> dict[str, Any]:
-    """What the server has when the threads have ended that end by themselves when they are idle."""
+    """What the server has when the threads have ended that end by themselves when idle, and nothing changes."""
     passing = ("ublk-ctl", "iou-wrk")
+    seen: list[dict[str, Any]] = []
 
-    def none() -> bool:
-        return not any(name.startswith(passing) for name in disks.ask("process")["thread_names"])
+    def still() -> bool:
+        seen.append(disks.ask("process"))
+        former, now = seen[-2:] if len(seen) > 1 else ({}, seen[-1])
+        same = all(now[what] == former.get(what) for what in ("threads", "fds", "maps"))
+        return same and not any(name.startswith(passing) for name in now["thread_names"])
 
-    eventually(disks.guest, none, 30)
-    return disks.ask("process")
+    eventually(disks.guest, still, 30)
+    return seen[-1]
+
+
+def as_before(disks: testdisk.Disks, before: dict[str, Any]) -> dict[str, Any]:
+    """What the server has once it has as many threads and descriptors as before: who was joined may linger."""
+    seen: list[dict[str, Any]] = []
+
+    def same() -> bool:
+        seen.append(settled(disks))
+        return all(seen[-1][what] == before[what] for what in ("threads", "fds"))
+
+    eventually(disks.guest, same, 30)
+    return seen[-1]
 
 
 @pytest.mark.vm(smp=4)
 def test_two_hundred_devices_one_after_the_other_leave_nothing(guest: Guest) -> None:
-    with testdisk.serving(guest) as disks:
+    # Otherwise each two threads that happen to overlap would leave an arena of the allocator's.
+    with testdisk.serving(guest, env={"MALLOC_ARENA_MAX": "1"}) as disks:
         # What is allocated once and kept is there after the first few.
-        disks.ask("cycle", times=5, options="target=mem queues=2", timeout=60)
+        disks.ask("cycle", times=20, options="target=mem queues=2", timeout=60)
         before = settled(disks)
         disks.ask("cycle", times=200, options="target=mem queues=2", timeout=200)
-        after = settled(disks)
-        assert (after["threads"], after["fds"]) == (before["threads"], before["fds"]), (before, after)
-        assert after["maps"] <= before["maps"] + 2, (before, after)
+        after = as_before(disks, before)
+        # Stacks that glibc keeps may be a few more; one left by each device would be 200.
+        assert after["maps"] <= before["maps"] + 20, (before, after)
         # 200 devices with as little as 8 KiB each left behind would show.
         assert after["rss_kib"] < before["rss_kib"] + 1024, (before, after)
         assert testdisk.devices(guest) == []
@@ -100,9 +117,8 @@ def test_many_disks_at_once(
             fio.wait()
         for disk in (busy, *crowd[1::2]):
             stop(disk)
-        after = settled(disks)
-        assert (after["threads"], after["fds"]) == (before["threads"], before["fds"]), (before, after)
-        assert after["maps"] <= before["maps"] + 2, (before, after)
+        after = as_before(disks, before)
+        assert after["maps"] <= before["maps"] + 20, (before, after)
         # A pool's rings have been used all over by then. What the busy one's client had written was 8 MiB; of the
         # 512, 10 KiB left behind by each would show.
         assert after["rss_kib"] < before["rss_kib"] + 4096 + 2 * count, (before, after)

@@ -108,7 +108,8 @@ def test_a_disk_of_alice(guest: Guest) -> None:
     assert "CAP_SYS_ADMIN" in refused.err, "root's own"
     with guest.popen(["env", "SYSTEMD_IGNORE_CHROOT=1", "/lib/systemd/systemd-udevd"]) as udevd:
         try:
-            guest.run(f"{WAY_TO_UDEV}; for i in $(seq 100); do udevadm control --ping --timeout=5 && exit; done")
+            ping = "udevadm control --ping --timeout=5"
+            guest.run(f"{WAY_TO_UDEV}; for i in $(seq 100); do {ping} && exit; sleep 0.1; done")
             for step in steps:
                 command = step.replace("sudo ", "").replace("target/release/examples/ublk_chown", str(helper))
                 guest.run(f"{WAY_TO_UDEV}; cd {layout.TREE}; {command}")

@@ -223,6 +223,24 @@ def test_the_first_failure_stops_it_on_every_kernel(user: User, series: list[str
     assert out.count("is up (") == 1, "the second kernel was not to be booted"
 
 
+ENDS_BADLY = """
+import os
+
+def pytest_sessionfinish(session):
+    if "UBLK_VM_KERNEL" in os.environ:
+        session.exitstatus = 1
+"""
+
+
+def test_a_bad_end_that_no_test_has_told_of_is_no_pass(user: User, series: list[str]) -> None:
+    (user.where / "conftest.py").write_text(ENDS_BADLY)
+    (user.where / "test_one.py").write_text("def test_passes(): pass\n")
+    code, out = user.run(f"--ublk-vm={series[-1]}")
+    assert code == pytest.ExitCode.TESTS_FAILED, out
+    assert "1 passed" in out
+    assert f"Linux {series[-1]} ended with 1, and no test has failed" in out
+
+
 def test_ctrl_c_tears_fixtures_down_and_leaves_no_guest(user: User, series: list[str]) -> None:
     (user.where / "test_stop.py").write_text(STOPPING)
     folder = user.where / f"ublk-vm-artifacts/{series[-1]}"

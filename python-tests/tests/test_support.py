@@ -13,6 +13,8 @@ from ublk_rig import layout, support
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytest_plugins = ["pytester"]
+
 
 def outcome(name: str, kernel: str | None, result: str = "passed") -> dict[str, Any]:
     return {"nodeid": f"tests/{name}[{kernel}]", "kernel": kernel, "outcome": result}
@@ -45,17 +47,33 @@ def test_outcomes_become_cells() -> None:
     assert row(table, "Forked").endswith("| not tested | not tested |")
 
 
-def test_what_a_kernel_lacks_is_no_capability_of_it() -> None:
+def skipped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, reason: str) -> str:
+    """What stands in a run's summary as the reason of a test that was skipped for this one."""
+    monkeypatch.setattr("ublk_rig.layout.ARTIFACTS", pytester.path / "artifacts")
+    pytester.makepyfile(f"import pytest\ndef test_skipped():\n    pytest.skip({reason!r})\n")
+    pytester.runpytest_inprocess("-p", "no:cacheprovider", "--rig=qemu").assert_outcomes(skipped=1)
+    (test,) = json.loads((pytester.path / "artifacts/summary.json").read_text())["tests"]
+    return str(test["reason"])
+
+
+def test_what_a_kernel_lacks_is_no_capability_of_it(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shared = outcome("test_rust.py::test_rust[shared_memory::a]", "6.12") | {
         "properties": {support.REFUSED: ["SHMEM_ZC (since Linux 7.1)"]}
     }
+    said = "the driver lacks BATCH_IO (since Linux 7.0), AUTO_BUF_REG (since Linux 6.16), and so on"
     batch = outcome("test_rust.py::test_rust[data_paths::a]", "6.12", "skipped") | {
-        "reason": "the driver lacks BATCH_IO (since Linux 7.0), AUTO_BUF_REG (since Linux 6.16), and so on"
+        "reason": skipped(pytester, monkeypatch, said)
     }
-    table = support.collect(summary(shared, batch, outcome("test_rust.py::test_rust[data_paths::b]", "6.12")))
+    failed = outcome("test_rust.py::test_rust[driver_failures::a]", "6.12", "skipped") | {"reason": batch["reason"]}
+    works = outcome("test_rust.py::test_rust[data_paths::b]", "6.12")
+    table = support.collect(summary(shared, batch, failed, works))
     assert row(support.render(table), "SHMEM_ZC").endswith("| no: SHMEM_ZC (since 7.1) |")
     words = "yes (1); not AUTO_BUF_REG (since 6.16), BATCH_IO (since 7.0)"
     assert row(support.render(table), "Data paths").endswith(f"| {words} |")
+    words = "no: AUTO_BUF_REG (since 6.16), BATCH_IO (since 7.0)"
+    assert row(support.render(table), "Batches taken in part").endswith(f"| {words} |")
     assert table.figures == {}
 
 

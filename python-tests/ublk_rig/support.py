@@ -20,7 +20,8 @@ from ublk_vm import kernels
 
 # A test's property: what it saw refused, for the kernel lacks it.
 REFUSED = "refused"
-# How the reason of a skip begins that says the same.
+# How the reason of a skip begins that says the same, after a word of pytest's own.
+SKIPPED = "Skipped: "
 LACKS = "the driver lacks "
 NOTE = (
     'In brackets: how many tests passed, none having failed. "no" and "not": the kernel\'s driver lacks these; who'
@@ -102,8 +103,9 @@ class Cell:
         outcome, lacking = test["outcome"], list(test.get("properties", {}).get(REFUSED, []))
         if outcome == "passed" and lacking:
             outcome = "refused"
-        if test.get("reason", "").startswith(LACKS):
-            lacking += re.findall(r"\w+ \(since Linux [\d.]+\)", test["reason"])
+        reason = test.get("reason", "").removeprefix(SKIPPED)
+        if reason.startswith(LACKS):
+            lacking += re.findall(r"\w+ \(since Linux [\d.]+\)", reason)
         self.outcomes[outcome] += 1
         self.lacking.update(words.replace("since Linux", "since") for words in lacking)
 

@@ -70,6 +70,8 @@ pub struct ublk_rs_stats {
     pub enters: u64,
     /// How often another thread had to wake one of them to hand a result over; of the whole device only.
     pub wake_ups: u64,
+    /// Requests whose data lay in memory that clients share.
+    pub shared: u64,
 }
 
 /// All queues together.
@@ -113,6 +115,7 @@ fn plain(stats: &QueueStats, enters: u64, wake_ups: u64) -> ublk_rs_stats {
         unregistered: stats.unregistered,
         enters,
         wake_ups,
+        shared: stats.shared,
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod disk;
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -157,15 +158,21 @@ fn answered_meanwhile(commits: bool, batch: bool) -> bool {
     let mut clients: Vec<_> = (0..3).map(|_| Client::reader(disk.path())).collect();
     let mut reader = |offset| {
         let client = clients.pop().unwrap();
-        std::thread::spawn(move || client.read(offset, 4096).unwrap())
+        let (say, task) = channel();
+        let reading = std::thread::spawn(move || {
+            say.send(std::fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            client.read(offset, 4096).unwrap()
+        });
+        (reading, Path::new("/proc").join(task.recv().unwrap()))
     };
     // The first holds the worker while two more arrive, which are one turn then.
-    let first = reader(SLOW);
+    let (first, _) = reader(SLOW);
     eventually("the first is out", || disk.stats().queues[0].in_flight > 0);
-    let quick = reader(0);
-    eventually("the quick one waits", || inflight(disk.path()) >= 2);
-    let second = reader(SLOW);
-    eventually("the slow one waits", || inflight(disk.path()) >= 3);
+    // A request is counted before the driver gives it to the worker: who sleeps has done that.
+    let (quick, task) = reader(0);
+    eventually("the quick one waits", || inflight(disk.path()) >= 2 && sleeps(&task));
+    let (second, task) = reader(SLOW);
+    eventually("the slow one waits", || inflight(disk.path()) >= 3 && sleeps(&task));
     while ended.try_recv().is_ok() {}
     go.send(()).unwrap();
     first.join().unwrap();
@@ -186,7 +193,13 @@ fn answered_meanwhile(commits: bool, batch: bool) -> bool {
     answered
 }
 
-fn inflight(disk: &std::path::Path) -> u32 {
+/// Whether a thread sleeps until its I/O is over.
+fn sleeps(task: &Path) -> bool {
+    let stat = std::fs::read_to_string(task.join("stat")).unwrap();
+    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('D'))
+}
+
+fn inflight(disk: &Path) -> u32 {
     let name = disk.file_name().unwrap().to_str().unwrap();
     let text = std::fs::read_to_string(format!("/sys/block/{name}/inflight")).unwrap();
     text.split_whitespace().map(|n| n.parse::<u32>().unwrap()).sum()

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::time::Duration;
 
-use disk::{Aligned, Client, Ram, SOON, bounded, eventually, no_devices};
+use disk::{Aligned, Client, Ram, SOON, bounded, eventually, no_devices, pin};
 use io_uring::IoUring;
 use raw_server::{Mapping, Queue, Raw, Style, fill, length_for, offset_of, sectors};
 use ublk_core::control::{Control, DeviceParams, Discard, Features, Wait};
@@ -190,14 +190,6 @@ fn descriptors_are_mapped_read_only_and_in_whole_queues() {
     let Raw { control, info, file } = raw;
     drop(file);
     control.del_dev(info.id, &Wait::for_(SOON)).unwrap();
-}
-
-fn pin(cpu: u32) {
-    let mut mask = [0u64; 16];
-    mask[cpu as usize / 64] |= 1 << (cpu % 64);
-    // SAFETY: the pointer is to `size_of_val(&mask)` readable bytes.
-    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&mask), mask.as_ptr().cast()) };
-    assert_eq!(pinned, 0);
 }
 
 #[test]

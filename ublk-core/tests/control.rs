@@ -13,7 +13,7 @@ use disk::node::{AsItWas, CONTROL};
 use disk::{SOON, eventually};
 use ublk_core::control::{
     AddDevice, CancelToken, Control, ControlCommand, ControlOptions, DeviceParams, DeviceState,
-    Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait,
+    Discard, Encoding, FeatureRequest, Features, Holder, SegmentLimits, Wait, Zoned,
 };
 use ublk_core::targets::Null;
 use ublk_core::uapi::ublk_shmem_buf_reg;
@@ -146,12 +146,24 @@ fn a_taken_id_is_its_own_error() {
     });
 }
 
+#[repr(align(4096))]
+struct Page([u8; 4096]);
+
 #[test]
 fn what_does_not_exist_is_its_own_error() {
+    static PAGE: Page = Page([0; 4096]);
+    let at = PAGE.0.as_ptr() as u64;
+    let page = ublk_shmem_buf_reg { addr: at, len: 4096, flags: 1, reserved: 0 };
     both_encodings(|control| {
         let wait = Wait::for_(SOON);
         let id = 4_000;
         for result in [
+            control.quiesce_dev(id, 20, &wait),
+            control.try_stop_dev(id, &wait),
+            control.update_size(id, 1 << 20),
+            // SAFETY: a static of zeroes that nobody else looks at, for clients to read.
+            unsafe { control.reg_buf(id, &page) }.map(drop),
+            control.unreg_buf(id, 0),
             control.del_dev(id, &wait),
             control.del_dev_async(id, &wait),
             control.start_dev(id, std::process::id() as i32, &wait),
@@ -182,8 +194,30 @@ fn bad_arguments_are_refused_with_their_reason() {
     request.queue_depth = 5000;
     assert_eq!(control.add_dev(&request).unwrap_err().kind(), ErrorKind::InvalidParameter);
     let id = add(&control);
-    let error = control.get_queue_affinity(id, 99).unwrap_err();
-    assert_eq!((error.kind(), error.queue()), (ErrorKind::InvalidParameter, Some(99)));
+    for queue in [1, 99, u16::MAX] {
+        let error = control.get_queue_affinity(id, queue).unwrap_err();
+        assert_eq!((error.kind(), error.queue()), (ErrorKind::InvalidParameter, Some(queue)));
+        assert!(error.to_string().contains("the device has one queue"), "{error}");
+    }
+    control.set_params(id, &params()).unwrap();
+    let zones = Zoned { zone_bytes: 1 << 20, max_open: 0, max_active: 0, max_append_bytes: 4096 };
+    let zones = params().to_builder().zoned(zones).build().unwrap();
+    let larger = params().to_builder().max_io_bytes(1 << 20).build().unwrap();
+    for (params, words) in [
+        (zones, "added with ZONED"),
+        (
+            larger,
+            "largest request has 1048576 bytes, and the device was added with room for 524288",
+        ),
+    ] {
+        let error = control.set_params(id, &params).unwrap_err();
+        assert_eq!((error.kind(), error.device()), (ErrorKind::InvalidParameter, Some(id)));
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    // What is refused by us leaves what was set before; the driver would forget it.
+    assert_eq!(control.get_params(id).unwrap().capacity(), 64 << 20);
+    delete(&control, id);
+    let id = add(&control);
     let error = control.start_dev(id, 1, &Wait::for_(SOON)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidParameter, "no parameters: {error}");
     if is_recent(&control) {
@@ -192,11 +226,6 @@ fn bad_arguments_are_refused_with_their_reason() {
         {
             let error = result.unwrap_err();
             assert_eq!(error.kind(), ErrorKind::WrongState, "no disk: {error}");
-        }
-        for result in
-            [control.try_stop_dev(4_000, &Wait::for_(SOON)), control.update_size(4_000, 0)]
-        {
-            assert_eq!(result.unwrap_err().kind(), ErrorKind::NoSuchDevice);
         }
         let error = control.update_size(id, 1000).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::InvalidParameter, "{error}");
@@ -297,9 +326,6 @@ fn each_command_names_the_rule_that_its_caller_breaks() {
     delete(&control, bare);
     delete(&control, never);
 }
-
-#[repr(align(4096))]
-struct Page([u8; 4096]);
 
 #[test]
 fn memory_that_cannot_be_registered_is_refused_with_its_rule() {
@@ -601,6 +627,17 @@ fn devices_are_found_where_dev_is_empty() {
     let control = ControlOptions::new().dev_dir(&dir).open().unwrap();
     let id = add(&control);
     assert_eq!(ids(&control), [id].into());
+    // The driver itself goes by the path that it is told.
+    let node = dir.join(format!("ublkc{id}"));
+    let refused = |errno, words: &str| {
+        let error = control.get_dev_info2(id).unwrap_err();
+        assert_eq!((error.kind(), error.errno()), (ErrorKind::PermissionDenied, Some(errno)));
+        assert!(error.to_string().contains(words), "{error}");
+    };
+    refused(Errno::ENOENT, &format!("{} is not there", node.display()));
+    fs::write(&node, "").unwrap();
+    refused(Errno::EPERM, "its path is another node's");
+    fs::remove_file(&node).unwrap();
     delete(&control, id);
     assert_eq!(fs::read_dir(&dir).unwrap().count(), 0, "private nodes are removed");
 }
@@ -662,7 +699,36 @@ fn unprivileged_user() {
     assert_eq!(ids(&control), [id].into());
     let error = control.del_dev_async(id, &Wait::for_(SOON)).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+    // The driver looks at the caller first, and at the command then.
+    let error = control.try_stop_dev(id, &Wait::for_(SOON)).unwrap_err();
+    match control.features().unwrap().contains(Features::SAFE_STOP_DEV) {
+        true => assert_eq!(error.kind(), ErrorKind::WrongState, "{error}"),
+        false => assert!(error.to_string().contains("since Linux 7.0"), "{error}"),
+    }
     delete(&control, id);
+}
+
+/// Root is told of another's device what the driver wants of root, too.
+fn paths_are_asked_for(control: &Control, id: u32) {
+    let (wait, us) = (Wait::for_(SOON), std::process::id() as i32);
+    for result in [
+        control.get_dev_info(id).map(drop),
+        control.get_params(id).map(drop),
+        control.set_params(id, &params()),
+        control.get_queue_affinity(id, 0).map(drop),
+        control.start_dev(id, us, &wait),
+        control.stop_dev(id, &wait),
+        control.start_user_recovery(id),
+        control.end_user_recovery(id, us, &wait),
+        control.del_dev(id, &wait),
+    ] {
+        let error = result.unwrap_err();
+        assert_eq!((error.kind(), error.device()), (ErrorKind::InvalidParameter, Some(id)));
+        assert!(error.to_string().contains("wants the path of its node"), "{error}");
+        assert!(error.remedy().unwrap().contains("device_paths(true)"), "{error}");
+    }
+    assert!(control.get_dev_info2(id).unwrap().features.contains(Features::UNPRIVILEGED_DEV));
+    assert!(ids(control).contains(&id));
 }
 
 /// This very test, as another user.
@@ -700,6 +766,7 @@ fn an_unprivileged_user_has_a_device_of_its_own() {
         let line = line.unwrap();
         if let Some(id) = line.strip_prefix("added ") {
             std::os::unix::fs::chown(format!("/dev/ublkc{id}"), Some(NOBODY), None).unwrap();
+            paths_are_asked_for(&control, id.parse().unwrap());
             user.stdin.take().unwrap().flush().unwrap();
         }
         said += &line;

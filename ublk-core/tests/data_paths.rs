@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
-use disk::{Client, Ram, SOON, eventually, no_devices};
-use ublk_core::control::Features;
+use disk::{Client, Ram, SOON, eventually, no_devices, pin};
+use ublk_core::control::{Control, Features};
 use ublk_core::targets::{File as FileTarget, Mem, Null};
 use ublk_core::{
-    Builder, Capabilities, DataPath, Errno, ErrorKind, Gone, Op, QueueContext, Request, Workers,
+    Builder, Capabilities, DataPath, Device, Errno, ErrorKind, Gone, Op, QueueContext, Request,
+    Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -123,6 +124,88 @@ fn a_file_works_on_every_path_and_has_the_data() {
         assert_eq!((stats.rejected, stats.unregistered), (0, 0), "{way}");
         std::fs::remove_file(&name).unwrap();
     }
+    no_devices();
+}
+
+/// Bytes of the tags' buffers that are in use: of the mapping that has as many, and is empty for a forked child.
+fn buffers_in_use(at_least: u64) -> u64 {
+    let mappings = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut size, mut resident, mut found, mut used) = (0, 0, false, 0);
+    for line in mappings.lines() {
+        let mut words = line.split_whitespace();
+        let name = words.next().unwrap();
+        let kib = |word: Option<&str>| word.unwrap().parse::<u64>().unwrap() << 10;
+        match name {
+            "Size:" => size = kib(words.next()),
+            "Rss:" => resident = kib(words.next()),
+            "VmFlags:" if size >= at_least && words.any(|flag| flag == "wf") => {
+                found = true;
+                used += resident;
+            }
+            _ => {}
+        }
+    }
+    assert!(found, "no mapping of {at_least} bytes:\n{mappings}");
+    used
+}
+
+/// Has a file served, and says how much of the tags' buffers that has ever taken.
+fn taken_by_a_file(way: Way) -> u64 {
+    const LEN: usize = 512 << 10;
+    let name = format!("/tmp/ublk-no-copies-{}", std::process::id());
+    File::create(&name).unwrap().set_len(4 * MIB).unwrap();
+    let disk = FileTarget::open(&name).unwrap().builder().queues(1).queue_depth(33);
+    let disk = way.tune(disk).max_io_bytes(LEN as u32).start().unwrap();
+    let client = Client::open(disk.path());
+    let mut most = 0;
+    for round in 0..16 {
+        let at = round as u64 % 8 * LEN as u64;
+        let data = pattern(LEN, round);
+        client.write(at, &data).unwrap();
+        most = most.max(buffers_in_use(33 * LEN as u64));
+        assert!(client.read(at, LEN).unwrap() == data, "{way}");
+        most = most.max(buffers_in_use(33 * LEN as u64));
+    }
+    drop(client);
+    assert_eq!(disk.stop(SOON).unwrap().stats.total().unregistered, 0, "{way}");
+    std::fs::remove_file(&name).unwrap();
+    most
+}
+
+#[test]
+fn a_files_data_is_not_copied_where_clients_pages_are_registered() {
+    if lacks(Features::AUTO_BUF_REG | Features::SUPPORT_ZERO_COPY) {
+        return;
+    }
+    for way in ways() {
+        let taken = taken_by_a_file(way);
+        if matches!(way.path, DataPath::ZeroCopy | DataPath::AutoBufReg) {
+            assert_eq!(taken, 0, "{way}");
+        } else {
+            // What is copied is seen.
+            assert!(taken >= 512 << 10, "{way}: {taken}");
+        }
+    }
+    no_devices();
+}
+
+#[test]
+fn ring_operations_on_the_device_do_not_go_to_the_kernels_workers() {
+    let disk = Null::new().builder(MIB).data_path(DataPath::UserCopy).start().unwrap();
+    let node = std::path::PathBuf::from(format!("/dev/ublkc{}", disk.id()));
+    let mut seen = 0;
+    for fd in std::fs::read_dir("/proc/self/fd").unwrap().map(|fd| fd.unwrap().file_name()) {
+        let fd = fd.to_str().unwrap();
+        if std::fs::read_link(format!("/proc/self/fd/{fd}")).is_ok_and(|file| file == node) {
+            let told = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+            let flags = told.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+            assert_ne!(flags & libc::O_NONBLOCK, 0, "{flags:o}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 0, "it is open");
+    disk.stop(SOON).unwrap();
     no_devices();
 }
 
@@ -445,6 +528,25 @@ fn a_path_that_the_kernel_lacks_is_refused_by_name_before_anything_exists() {
     no_devices();
 }
 
+/// The driver takes a wrong place of a queue's descriptors for another queue's, silently: so each has its client.
+fn on_each_queue(disk: &Device) {
+    let control = Control::open().unwrap();
+    for queue in 0..disk.info().queues {
+        let served = || disk.stats().queues[usize::from(queue)].write.completed;
+        let before = served();
+        let cpu = control.get_queue_affinity(disk.id(), queue).unwrap().iter().next().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                pin(cpu);
+                exercise(&Client::open(disk.path()), 4 * MIB);
+                // As it was for the next one.
+                assert_eq!(Client::open(disk.path()).write(0, &vec![0; 4 << 20]).unwrap(), 4 << 20);
+            });
+        });
+        assert!(served() >= before + 6, "queue {queue}");
+    }
+}
+
 #[test]
 fn descriptors_may_be_larger() {
     for (bytes, fine) in
@@ -456,7 +558,7 @@ fn descriptors_may_be_larger() {
             Ok(disk) => {
                 assert!(fine, "{bytes}");
                 assert_eq!(disk.info().io_desc_size, bytes);
-                exercise(&Client::open(disk.path()), 4 * MIB);
+                on_each_queue(&disk);
                 disk.stop(SOON).unwrap();
             }
             Err(e) if fine => refused(&e, Features::IO_DESC_SIZE),

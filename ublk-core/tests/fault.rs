@@ -20,6 +20,11 @@ const BLOCK: usize = 4096;
 /// Away from what the kernel looks at when a disk appears.
 const PLACE: u64 = MIB;
 
+/// With no requests but those of the test's clients.
+fn quiet(builder: Builder) -> Builder {
+    builder.prefer(Features::NO_AUTO_PART_SCAN)
+}
+
 fn error(errno: Errno) -> Rule {
     Rule::new(Action::Error(errno))
 }
@@ -39,13 +44,13 @@ fn kinds() -> Vec<(&'static str, Builder, Faults)> {
         ("calls", Builder::new(4 * MIB, calls)),
         ("threads", Builder::new(4 * MIB, pooled).threads(2)),
     ];
-    builders.into_iter().zip(handles).map(|((name, b), faults)| (name, b, faults)).collect()
+    builders.into_iter().zip(handles).map(|((name, b), faults)| (name, quiet(b), faults)).collect()
 }
 
 fn serve_mem(tune: impl FnOnce(Builder) -> Builder) -> (Running, Faults) {
     let fault = Fault::new(OnWorker(Mem::new(4 * MIB)));
     let faults = fault.faults();
-    (tune(fault.builder()).start().unwrap(), faults)
+    (tune(quiet(fault.builder())).start().unwrap(), faults)
 }
 
 /// Files of one test, removed at the end.

@@ -6,10 +6,12 @@ use std::fs;
 use std::os::fd::AsRawFd;
 
 use disk::kernel::{lacks, offered, refused};
-use disk::{Client, SOON, no_devices};
+use disk::{Client, SOON, bounded, no_devices};
 use ublk_core::control::{Checksum, Control, Features, Integrity};
 use ublk_core::targets::Mem;
-use ublk_core::{Builder, Capabilities, DataPath, Errno, Op, QueueContext, Request, Running};
+use ublk_core::{
+    Builder, Capabilities, DataPath, Errno, ErrorKind, Op, QueueContext, Request, Running,
+};
 
 const MIB: u64 = 1 << 20;
 const BLOCK: usize = 4096;
@@ -149,4 +151,48 @@ fn a_read_without_metadata_is_not_protected_and_shows_nobody_elses() {
     let stats = disk.stop(SOON).unwrap().stats.total();
     assert_eq!((stats.panics, stats.read.errors), (0, 0));
     no_devices();
+}
+
+#[test]
+fn what_was_protected_stays_so_with_the_next_server_and_the_next_disk() {
+    if lacks(Features::INTEGRITY) {
+        return;
+    }
+    let recovery = Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE;
+    for (path, more) in ways() {
+        let kept = Integrity::protection(Checksum::T10Dif, 512);
+        let mem = Mem::with_metadata(MIB, kept);
+        let disk = mem.builder().data_path(path).require(recovery | more).start().unwrap();
+        let id = disk.id();
+        let client = Client::open(disk.path());
+        client.write(0, &[1; 2 * BLOCK]).unwrap();
+        bounded("the handover", move || disk.hand_over(SOON).unwrap());
+        let recover = |mem: Mem| {
+            bounded("a recovery", move || mem.builder().recover(id, &Control::open().unwrap()))
+        };
+        for other in
+            [Mem::new(MIB), Mem::with_metadata(MIB, Integrity::protection(Checksum::Nvme, 512))]
+        {
+            let e = recover(other).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+            assert!(e.to_string().contains("the disk's metadata is"), "{e}");
+        }
+        let disk = recover(mem.clone()).unwrap();
+        let case = format!("{path} {more}");
+        let protects = |client: &Client, fill: u8| {
+            assert_eq!(client.read(0, 2 * BLOCK).unwrap(), [fill; 2 * BLOCK], "{case}");
+            mem.write_at(&[0xee], 7).unwrap();
+            assert_eq!(client.read_errno(0, BLOCK), libc::EILSEQ, "{case}");
+            client.write(0, &[fill + 1; 2 * BLOCK]).unwrap();
+            assert_eq!(client.read(0, 2 * BLOCK).unwrap(), [fill + 1; 2 * BLOCK], "{case}");
+        };
+        protects(&client, 1);
+        drop(client);
+        let added = bounded("the halt", move || disk.halt(SOON).unwrap());
+        let disk = added.start().unwrap();
+        assert_eq!((disk.id(), told(&disk, "format").as_str()), (id, "T10-DIF-TYPE1-CRC"));
+        protects(&Client::open(disk.path()), 2);
+        assert_eq!(disk.stop(SOON).unwrap().stats.total().rejected, 0, "{case}");
+        no_devices();
+    }
 }

@@ -4,6 +4,7 @@
 #[path = "recovering/clients.rs"]
 mod clients;
 mod disk;
+mod raw_server;
 
 use std::fs::File;
 use std::io::Write;
@@ -16,11 +17,12 @@ use std::{fs, io};
 use clients::Clients;
 use disk::kernel::{lacks, offered};
 use disk::{Client, SOON, Server, bounded, devices, eventually, no_devices};
+use raw_server::{Queue, Raw, Style};
 use ublk_core::control::{Control, DeviceState, Features, Wait};
 use ublk_core::targets::{self, Action, Fault, Rule};
 use ublk_core::{
-    Backend, Builder, Capabilities, Device, Ending, Errno, ErrorKind, QueueContext, Request,
-    RequestFlags, Running, Workers,
+    AsyncBackend, Backend, Builder, Capabilities, Device, Ending, Errno, ErrorKind, QueueContext,
+    Request, RequestFlags, Running, Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -68,9 +70,13 @@ fn builder(path: &Path) -> Builder {
     Builder::new(SIZE, Slow::open(path)).queue_depth(16).fingerprint(PRINT).threads(4)
 }
 
+fn is_file(way: &str) -> bool {
+    way.contains("zero-copy") || way.contains("auto-buf-reg")
+}
+
 /// What serves a [`way`]: where the clients' pages are registered, the ring's own reads and writes of them, as late.
 fn server_of(name: &str, path: &Path) -> Builder {
-    if !name.contains("zero-copy") && !name.contains("auto-buf-reg") {
+    if !is_file(name) {
         return builder(path);
     }
     let fault = Fault::new(targets::File::open(path).unwrap());
@@ -150,9 +156,13 @@ fn server_process() {
             }
         }
         // A recovery that never ends: one queue's worker does not come to its fetches.
-        ["stuck", id, queue] => {
+        ["stuck", name, id, path, queue] => {
             let stuck: u16 = queue.parse().unwrap();
-            Builder::with_handlers(SIZE, Capabilities::WRITE, move |queue| {
+            let able = match is_file(name) {
+                true => targets::File::open(path).unwrap().capabilities(),
+                false => Capabilities::WRITE,
+            };
+            Builder::with_handlers(SIZE, able, move |queue| {
                 if queue == stuck {
                     // The other queue's are given time.
                     std::thread::sleep(Duration::from_millis(300));
@@ -164,6 +174,7 @@ fn server_process() {
             .fingerprint(PRINT)
             .recover(id.parse().unwrap(), &control)
         }
+        ["half", id, queue] => half(id.parse().unwrap(), queue.parse().unwrap()),
         _ => panic!("no role {role}"),
     };
     let running = _kept.unwrap();
@@ -173,6 +184,26 @@ fn server_process() {
     running.hand_over(SOON).unwrap();
     disk::say("handed over");
     disk::idle();
+}
+
+/// A recovery that stops in the middle of a queue's fetches, which none of the library's does: its fetches of a queue
+/// are one system call's. Those of the queues before it are complete. The server before it has to have fetched
+/// everything, because this is START_USER_RECOVERY as it comes.
+fn half(id: u32, queue: u16) -> ! {
+    let raw = Raw::take_over(id);
+    let addresses = !raw.info.features.contains(Features::USER_COPY);
+    let style = Style { addresses, ..Style::default() };
+    let mut queues: Vec<_> = (0..=queue).map(|number| Queue::new(&raw, number, style)).collect();
+    for (number, queue_of) in (0..).zip(&mut queues) {
+        let fetched = if number == queue { queue_of.depth / 2 } else { queue_of.depth };
+        (0..fetched).for_each(|tag| queue_of.fetch(tag));
+    }
+    // One that is refused is answered at once.
+    for queue in &mut queues {
+        assert!(queue.ring.completion().next().is_none(), "the driver refuses a fetch");
+    }
+    disk::say("half");
+    disk::idle()
 }
 
 fn child(role: &str) -> Server {
@@ -432,7 +463,7 @@ fn recoveries_killed(name: &str, stuck: &[u16], more: u64) {
     killed(server);
     // A former server with no fetch, with those of the first queue, with those of the second.
     for queue in stuck {
-        let mut stuck = child(&format!("stuck {id} {queue}"));
+        let mut stuck = child(&format!("stuck {name} {id} {} {queue}", store.0.display()));
         stuck.hear("stuck");
         killed(stuck);
     }
@@ -458,6 +489,46 @@ fn a_recovery_that_is_killed_can_be_recovered() {
     recoveries_killed("reissue", &[0, 1, 0, 1], 6);
     // What a driver before 6.16 is to be told of the tags that were not fetched is another thing where it copies.
     recoveries_killed("reissue+user-copy", &[0, 1], 0);
+    if offered().contains(Features::BATCH_IO) {
+        recoveries_killed("reissue+auto-buf-reg+batch", &[0, 1], 2);
+        recoveries_killed("fail-io+zero-copy", &[1], 0);
+    }
+}
+
+/// Of which a server was killed in the middle of the fetches of this queue.
+fn half_fetched(name: &str, queue: u16) {
+    let store = Store::new("half");
+    let (server, id) = serve(name, &store);
+    killed(server);
+    let mut half = child(&format!("half {id} {queue}"));
+    half.hear("half");
+    killed(half);
+    // Before 6.16 the end of a complete queue ends the others as well; without one there is no end.
+    if offered().contains(Features::PER_IO_DAEMON) || queue > 0 {
+        let disk = recover(id, server_of(name, &store.0)).unwrap();
+        works(&disk);
+        return stop(disk);
+    }
+    let next = server_of(name, &store.0).start_timeout(Duration::from_secs(2));
+    let e = bounded("a recovery", move || next.recover(id, &Control::open().unwrap()).unwrap_err());
+    assert_eq!(e.kind(), ErrorKind::Busy, "{e}");
+    assert!(e.to_string().contains("has it open"), "{e}");
+    assert_eq!(devices(), [id], "it stays");
+    bounded("the deletion", move || {
+        Control::open().unwrap().delete(id, &Wait::for_(SOON)).unwrap();
+    });
+    no_devices();
+}
+
+#[test]
+fn a_recovery_that_is_killed_in_the_middle_of_its_fetches() {
+    if !two_cpus() {
+        println!("\nnot run: it needs two CPUs, for two queues");
+        return;
+    }
+    half_fetched("reissue", 0);
+    half_fetched("reissue", 1);
+    half_fetched("plain+user-copy", 1);
 }
 
 #[test]

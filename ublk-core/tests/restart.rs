@@ -3,19 +3,21 @@
 mod disk;
 
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
-use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use disk::kernel::offered;
-use disk::{Client, Held, SOON, devices, no_devices};
-use ublk_core::control::{Control, DeviceState, Features, Holder};
+use disk::kernel::{lacks, offered};
+use disk::{Client, Held, SOON, devices, eventually, no_devices, threads};
+use ublk_core::control::{CancelToken, Control, DeviceState, Features, Holder, Wait};
 use ublk_core::targets::Mem;
 use ublk_core::{
-    Added, Backend, Builder, Capabilities, Device, Ending, Error, ErrorKind, RequestFlags, Running,
-    Workers,
+    Added, Backend, Builder, Capabilities, Device, Ending, Errno, Error, ErrorKind, QueueContext,
+    Request, RequestFlags, Running, Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -259,5 +261,105 @@ fn a_mount_that_nobody_sees_keeps_the_disk_from_a_stop_and_a_halt() {
     }
     elsewhere.end();
     disk::bounded("a stop", move || running.stop(SOON).unwrap());
+    no_devices();
+}
+
+/// Keeps every request, and says what it was for.
+fn keeper(offsets: &Sender<u64>) -> Builder {
+    let offsets = Mutex::new(offsets.clone());
+    Builder::with_handlers(MIB, Capabilities::WRITE, move |_queue| {
+        let offsets = offsets.lock().unwrap().clone();
+        let mut kept = Vec::new();
+        move |request: Request, _: &mut QueueContext<'_>| {
+            let _ = offsets.send(request.offset());
+            kept.push(request);
+        }
+    })
+    .queues(1)
+    .queue_depth(8)
+}
+
+#[test]
+fn a_disk_whose_first_read_is_never_answered_is_stopped_and_halted() {
+    // Elsewhere it does not start.
+    if lacks(Features::SAFE_STOP_DEV) {
+        return;
+    }
+    let (tell, offsets) = channel();
+    let within = Duration::from_millis(100);
+    let held = || {
+        let disk = keeper(&tell).start().unwrap();
+        assert_eq!(offsets.recv_timeout(SOON), Ok(0), "somebody looks for partitions");
+        disk
+    };
+    let disk = held();
+    let handle = disk.handle();
+    let stopped = disk::bounded("a stop", move || disk.stop(within).unwrap());
+    assert_eq!((stopped.ending, handle.ending()), (Ending::Stopped, Some(Ending::Stopped)));
+    assert!(stopped.leftovers.is_empty() && stopped.stats.total().revoked > 0, "{stopped:?}");
+    if offered().contains(Features::IO_DESC_SIZE) {
+        let _of_the_former_disk = offsets.try_iter().count();
+        let disk = held();
+        drop(disk::bounded("a halt", move || disk.halt(within).unwrap()));
+    }
+    let probes = || threads().iter().filter(|name| name.ends_with("-probe")).count();
+    eventually("nobody looks at it any more", || probes() == 0);
+    no_devices();
+}
+
+/// From `linux/fs.h`: looks for partitions anew, with the lock of the disk held.
+const BLKRRPART: libc::Ioctl = 0x125f;
+
+#[test]
+fn a_disk_that_its_user_has_scanned_is_not_stopped_because_the_driver_cannot_look() {
+    if lacks(Features::SAFE_STOP_DEV) {
+        return;
+    }
+    let (began, begun) = channel();
+    let (answer, answers) = channel::<()>();
+    let both = Mutex::new((began, Some(answers)));
+    let workers = Workers::new(1).unwrap();
+    // What the neighbour's disk is asked for the worker does not see while this one's backend keeps it.
+    let stuck = Builder::with_handlers(MIB, Capabilities::WRITE, move |_queue| {
+        let mut both = both.lock().unwrap();
+        let (began, answers) = (both.0.clone(), both.1.take().unwrap());
+        move |request: Request, _: &mut QueueContext<'_>| {
+            if request.offset() == MIB / 2 {
+                began.send(()).unwrap();
+                let _ = answers.recv();
+            }
+            request.complete(Ok::<(), Errno>(())).unwrap();
+        }
+    });
+    let stuck = stuck.queues(1).workers(&workers).start().unwrap();
+    let control = Control::open().unwrap();
+    let neighbour = disk(&Arc::new(Mem::new(MIB)), MIB).queues(1).workers(&workers);
+    let running = neighbour.add(&control).unwrap().start().unwrap();
+    let user = Client::open(running.path());
+    let path = stuck.path().to_owned();
+    let reader = std::thread::spawn(move || Client::reader(&path).read_errno(MIB / 2, 4096));
+    begun.recv_timeout(SOON).unwrap();
+    let file = user.0.try_clone().unwrap();
+    // SAFETY: the request takes no argument.
+    let scan = std::thread::spawn(move || unsafe { libc::ioctl(file.as_raw_fd(), BLKRRPART) });
+    let inflight = format!("/sys/block/ublkb{}/inflight", running.id());
+    eventually("the look for partitions waits", || {
+        std::fs::read_to_string(&inflight).unwrap().split_whitespace().any(|n| n != "0")
+    });
+    let token = CancelToken::new();
+    let (wait, device) = (Wait::forever().cancelled_by(&token), running.handle());
+    let stop = std::thread::spawn(move || device.stop_with(&wait));
+    eventually("the driver is asked", || !control.outstanding().is_empty());
+    token.cancel();
+    let error = disk::bounded("a stop", move || stop.join().unwrap().unwrap_err());
+    let us = std::process::id();
+    let is_us = |h: &Holder| matches!(h, Holder::Process { pid, disk: true, .. } if *pid == us);
+    assert!(error.kind() == ErrorKind::Busy && error.holders().iter().any(is_us), "{error}");
+    drop(answer);
+    assert_eq!((reader.join().unwrap(), scan.join().unwrap()), (0, 0));
+    user.read(0, 4096).unwrap();
+    drop(user);
+    running.stop(SOON).unwrap();
+    stuck.stop(SOON).unwrap();
     no_devices();
 }

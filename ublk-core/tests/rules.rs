@@ -1,12 +1,17 @@
 //! The driver's rules about features and parameters, by the driver itself: each combination that we refuse is sent to it byte by
-//! byte, past the library, and is refused or silently changed by it. On Linux 7.3, whose rules they are.
+//! byte, past the library, and is refused or silently changed by it. On Linux 7.3, whose rules they are. And what it
+//! answers to a command that comes at the wrong time, with what we make of that.
 
 mod disk;
+mod raw_server;
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
+use std::thread::JoinHandle;
 
-use disk::{SOON, devices, no_devices};
+use disk::{SOON, bounded, devices, eventually, no_devices};
+use raw_server::{Queue, Raw, Style, sectors};
 use ublk_core::control::{
     AddDevice, Control, ControlOptions, DeviceParams, Discard, FeatureRequest, Features as F,
     ParamsBuilder, SegmentLimits, Wait,
@@ -222,7 +227,6 @@ fn what_we_refuse_the_unprivileged_the_driver_does_not_give_them() {
 
 /// SET_PARAMS as it is.
 fn set(id: u32, mut params: ublk_params) -> Option<Errno> {
-    params.len = size_of::<ublk_params>() as u32;
     let set = ublksrv_ctrl_cmd {
         dev_id: id,
         queue_id: u16::MAX,
@@ -250,6 +254,7 @@ fn fine() -> ublk_params {
     p.seg.seg_boundary_mask = 0xffff;
     p.seg.max_segment_size = 65536;
     p.seg.max_segments = 8;
+    p.len = size_of::<ublk_params>() as u32;
     p.types = uapi::UBLK_PARAM_TYPE_BASIC
         | uapi::UBLK_PARAM_TYPE_DISCARD
         | uapi::UBLK_PARAM_TYPE_DMA_ALIGN
@@ -299,6 +304,27 @@ const BROKEN: [(Change, Describe, &str); 12] = [
     ),
 ];
 
+/// A section for what the driver alone decides, or for what the device is not; none where one is due; more than a tag's
+/// buffer.
+const NOT_FITTING: [(Change, &str); 6] = [
+    (|p| p.types |= uapi::UBLK_PARAM_TYPE_DEVT, "clear UBLK_PARAM_TYPE_DEVT"),
+    (|p| p.types |= uapi::UBLK_PARAM_TYPE_ZONED, "added with ZONED"),
+    (|p| p.types |= uapi::UBLK_PARAM_TYPE_INTEGRITY, "added with INTEGRITY"),
+    (|p| p.types = 0, "basic parameters are missing"),
+    (|p| p.types = uapi::UBLK_PARAM_TYPE_DISCARD, "basic parameters are missing"),
+    (|p| p.basic.max_sectors = 129, "66048 bytes, and the device was added with room for 65536"),
+];
+
+fn refused_by_us(control: &Control, id: u32, params: ublk_params, words: &str) {
+    let e = control.set_raw_params(id, &params).unwrap_err();
+    assert_eq!(
+        (e.kind(), e.errno(), e.device()),
+        (ErrorKind::InvalidParameter, None, Some(id)),
+        "{e}"
+    );
+    assert!(e.to_string().contains(words), "{e}");
+}
+
 #[test]
 fn parameters_that_we_refuse_the_driver_refuses() {
     if !has_the_rules_of_7_3() {
@@ -316,21 +342,157 @@ fn parameters_that_we_refuse_the_driver_refuses() {
         assert_eq!(refused.kind(), ErrorKind::InvalidParameter);
         assert!(refused.to_string().contains(words), "{refused}");
     }
-    // What cannot be said to our builder at all: a section for what the driver alone decides, none where one is due,
-    // more than a tag's buffer.
-    for change in [
-        (|p| p.types |= uapi::UBLK_PARAM_TYPE_DEVT) as Change,
-        |p| p.types |= uapi::UBLK_PARAM_TYPE_ZONED,
-        |p| p.types |= uapi::UBLK_PARAM_TYPE_INTEGRITY,
-        |p| p.types = 0,
-        |p| p.types = uapi::UBLK_PARAM_TYPE_DISCARD,
-        |p| p.basic.max_sectors = 129,
-    ] {
+    // What parameters alone do not say: whether they fit the device.
+    for (change, words) in NOT_FITTING {
         let mut broken = fine();
         change(&mut broken);
-        assert_eq!(set(id, broken), Some(Errno::EINVAL), "{broken:?}");
+        assert_eq!(set(id, broken), Some(Errno::EINVAL), "{words}: {broken:?}");
+        refused_by_us(&control, id, broken, words);
     }
+    refused_by_us(&control, id, ublk_params { len: 0, ..fine() }, "len is that of the struct");
     assert_eq!(set(id, fine()), None, "it is not something else that the driver refuses");
+    control.set_raw_params(id, &fine()).unwrap();
+    // What the driver says back it does not take.
+    let said = control.get_raw_params(id).unwrap();
+    assert_eq!(set(id, said), Some(Errno::EINVAL));
+    assert_eq!(set(id, fine()), None);
+    refused_by_us(&control, id, said, "clear UBLK_PARAM_TYPE_DEVT");
     control.delete(id, &Wait::for_(SOON)).unwrap();
+    let zones = FeatureRequest::require(F::ZONED | F::USER_COPY);
+    let zoned =
+        control.add_dev(&AddDevice { features: zones, ..AddDevice::new(&params) }).unwrap().id;
+    assert_eq!(set(zoned, fine()), Some(Errno::EINVAL));
+    refused_by_us(&control, zoned, fine(), "say nothing of its zones");
+    control.delete(zoned, &Wait::for_(SOON)).unwrap();
     no_devices();
+}
+
+#[test]
+fn the_limit_of_unprivileged_devices_is_named() {
+    const LIMIT: &str = "/sys/module/ublk_drv/parameters/ublks_max";
+    let before = fs::read_to_string(LIMIT).unwrap();
+    fs::write(LIMIT, "0").unwrap();
+    let added = unprivileged(|| {
+        let params = DeviceParams::builder(1 << 20).build().unwrap();
+        let features = FeatureRequest::require(F::UNPRIVILEGED_DEV);
+        // Whose threads can do what this one can.
+        let control = Control::open().unwrap();
+        control.add_dev(&AddDevice { features, ..AddDevice::new(&params) })
+    });
+    fs::write(LIMIT, before.trim()).unwrap();
+    let e = added.unwrap_err();
+    assert_eq!((e.kind(), e.errno()), (ErrorKind::TooMany, Some(Errno::EACCES)), "{e}");
+    assert!(e.remedy().unwrap().contains(LIMIT), "{e}");
+    no_devices();
+}
+
+/// A device whose server a test writes by hand.
+fn served(features: F) -> Raw {
+    let params = DeviceParams::builder(1 << 20).queues(1).queue_depth(2);
+    let params = params.max_io_bytes(64 << 10).build().unwrap();
+    // Nobody but the tests is to have requests.
+    Raw::add_with(&params, features | F::NO_AUTO_PART_SCAN)
+}
+
+/// Fetches every tag and serves, until they have come home.
+fn serve(raw: &Raw) -> JoinHandle<Vec<i32>> {
+    let mut queue = Queue::new(raw, 0, Style::default());
+    std::thread::spawn(move || {
+        queue.fetch_all();
+        queue.serve(sectors)
+    })
+}
+
+/// Closes the device, does something, and opens it again.
+fn reopen(raw: Raw, between: impl FnOnce(&Control, u32)) -> Raw {
+    let Raw { control, info, file } = raw;
+    drop(file);
+    between(&control, info.id);
+    let mut file = None;
+    eventually("the node opens again", || {
+        let node = format!("/dev/ublkc{}", info.id);
+        file = OpenOptions::new().read(true).write(true).open(node).ok();
+        file.is_some()
+    });
+    Raw { control, info, file: file.unwrap() }
+}
+
+fn stop(raw: &Raw, server: JoinHandle<Vec<i32>>) {
+    raw.control.stop_dev(raw.id(), &Wait::for_(SOON)).unwrap();
+    let home = bounded("the server ends", move || server.join().unwrap());
+    assert_eq!(home, [-libc::ENODEV; 2]);
+}
+
+fn end(raw: Raw, server: JoinHandle<Vec<i32>>) {
+    stop(&raw, server);
+    let Raw { control, info, file } = raw;
+    drop(file);
+    control.del_dev(info.id, &Wait::for_(SOON)).unwrap();
+    no_devices();
+}
+
+#[track_caller]
+fn said(result: ublk_core::Result<()>, kind: ErrorKind, errno: Errno, words: &str) {
+    let e = result.unwrap_err();
+    assert_eq!((e.kind(), e.errno()), (kind, Some(errno)), "{e}");
+    assert!(e.to_string().contains(words), "{e}");
+}
+
+#[test]
+fn a_start_that_comes_too_early_is_told_what_is_in_its_way() {
+    if !has_the_rules_of_7_3() {
+        return;
+    }
+    let us = std::process::id() as i32;
+    let start = |raw: &Raw| raw.control.start_dev(raw.id(), us, &Wait::for_(SOON));
+    let raw = served(F::NONE);
+    let server = serve(&raw);
+    start(&raw).unwrap();
+    stop(&raw, server);
+    let wrong = ErrorKind::WrongState;
+    let mut answer = Ok(());
+    eventually("nobody has the disk open", || {
+        answer = start(&raw);
+        !answer.as_ref().is_err_and(|e| e.errno() == Some(Errno::EEXIST))
+    });
+    said(answer, wrong, Errno::EBUSY, "has not been closed since");
+    let raw = reopen(raw, |_, _| ());
+    let server = serve(&raw);
+    start(&raw).unwrap();
+    let client = File::open(raw.disk()).unwrap();
+    stop(&raw, server);
+    let raw = reopen(raw, |_, _| ());
+    let server = serve(&raw);
+    said(start(&raw), wrong, Errno::EEXIST, "former life is still open somewhere");
+    drop(client);
+    // A closed file is let go of in a moment.
+    eventually("the device starts", || start(&raw).is_ok());
+    end(raw, server);
+}
+
+#[test]
+fn a_recovery_is_finished_by_who_has_opened_the_device() {
+    if !has_the_rules_of_7_3() {
+        return;
+    }
+    let us = std::process::id() as i32;
+    let raw = served(F::USER_RECOVERY);
+    let mut queue = Queue::new(&raw, 0, Style::default());
+    queue.fetch_all();
+    raw.control.start_dev(raw.id(), us, &Wait::for_(SOON)).unwrap();
+    // Its server is gone.
+    drop(queue);
+    let raw = reopen(raw, |control, id| {
+        eventually("its end is noticed", || control.start_user_recovery(id).is_ok());
+    });
+    let server = serve(&raw);
+    let finish = |pid| raw.control.end_user_recovery(raw.id(), pid, &Wait::for_(SOON));
+    said(
+        finish(1),
+        ErrorKind::InvalidParameter,
+        Errno::EINVAL,
+        "another process than the one named",
+    );
+    finish(us).unwrap();
+    end(raw, server);
 }

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
-use disk::{Aligned, Client, SOON, bounded, eventually, no_devices};
+use disk::{Aligned, Client, SOON, bounded, eventually, impatience, no_devices};
 use sharing::{Counted, MIB, Mapping, Store, counting, exercise, pattern};
 use ublk_core::control::{ControlOptions, Features};
 use ublk_core::targets::Null;
@@ -273,7 +273,10 @@ impl HugePages {
             return None;
         };
         let pages = HugePages(before);
-        assert_eq!(std::fs::read_to_string(RESERVED).unwrap().trim(), "2", "reserved");
+        if std::fs::read_to_string(RESERVED).unwrap().trim() != "2" {
+            println!("\nnot run: the kernel finds no memory for huge pages");
+            return None;
+        }
         Some(pages)
     }
 }
@@ -345,7 +348,7 @@ fn a_disk_is_not_frozen_for_a_backend_that_keeps_a_request() {
         return;
     }
     let (held, answers) = (Held::default(), Arc::default());
-    let impatient = ControlOptions::new().patience(Duration::from_millis(300)).open().unwrap();
+    let impatient = ControlOptions::new().patience(impatience()).open().unwrap();
     let disk = holding(&held, &answers).add(&impatient).unwrap().start().unwrap();
     let path = disk.path().to_owned();
     let client = std::thread::spawn(move || Client::reader(&path).read_errno(MIB, 4096));
@@ -407,6 +410,6 @@ fn threads_that_share_and_unshare_do_not_forget_each_others_memory() {
         }
     });
     assert_eq!(shared.load(Ordering::SeqCst), 3 * 8 * 2);
-    disk.stop(SOON).unwrap();
+    assert_eq!(disk.stop(SOON).unwrap().stats.total().shared, 3 * 8 * 2);
     no_devices();
 }

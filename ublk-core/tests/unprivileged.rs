@@ -2,6 +2,7 @@
 //! shipped. This very binary is started again as the user, as a stranger, and as udev's helper.
 
 mod disk;
+mod sharing;
 #[path = "../examples/ublk_chown.rs"]
 mod ublk_chown;
 
@@ -11,18 +12,18 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use disk::kernel::lacks;
+use disk::kernel::{lacks, offered};
 use disk::node::{AsItWas, CONTROL};
 use disk::{Client, SOON, eventually};
 use ublk_core::control::{Control, ControlOptions, Features as F, Wait};
 use ublk_core::{
     Backend, Builder, Capabilities, DataPath, Ending, Errno, Error, ErrorKind, QueueContext,
-    Request,
+    Request, SharedBuffer,
     targets::{File, Mem},
 };
 
@@ -194,6 +195,10 @@ fn owner() {
     disk.stop(SOON).unwrap();
     fs::remove_file(&path).unwrap();
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+    if offered().contains(F::UPDATE_SIZE | F::SHMEM_ZC) {
+        changed_while_it_is_used();
+        shared_too_late();
+    }
     // By force, with the disk open: what the driver has no short deletion for.
     let disk = mem().start().unwrap();
     let client = Client::open(disk.path());
@@ -205,6 +210,66 @@ fn owner() {
         stop.join().unwrap().unwrap();
     });
     assert!(!Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists());
+}
+
+/// By commands that have to name the device's node as every other.
+fn changed_while_it_is_used() {
+    let shared = Arc::new(AtomicU64::new(0));
+    let disk = sharing::counting(DataPath::Copy, F::UNPRIVILEGED_DEV, &shared).start().unwrap();
+    let size = || {
+        let told = fs::read_to_string(format!("/sys/block/ublkb{}/size", disk.id())).unwrap();
+        told.trim().parse::<u64>().unwrap() * 512
+    };
+    let whole = size();
+    disk.resize(whole / 2).unwrap();
+    assert_eq!(size(), whole / 2);
+    disk.resize(whole).unwrap();
+    assert_eq!(size(), whole);
+    let buffer = SharedBuffer::new(SIZE).unwrap();
+    let number = disk.share(&buffer).unwrap();
+    sharing::exercise(&disk, &buffer);
+    let counted = shared.load(Ordering::SeqCst);
+    assert!(counted >= 12, "{counted}");
+    disk.unshare(number).unwrap();
+    sharing::exercise(&disk, &buffer);
+    assert_eq!(shared.load(Ordering::SeqCst), counted, "it is not shared any more");
+    assert_eq!(disk.share(&buffer).unwrap(), number);
+    disk.stop(SOON).unwrap();
+}
+
+/// Memory that the driver takes when nobody waits for it any more is taken back, by a command that names the node, too.
+fn shared_too_late() {
+    let (kept, requests) = channel::<Request>();
+    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let builder = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
+        let (kept, mut all) = (kept.lock().unwrap().clone(), false);
+        move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+            KEPT if !all => {
+                all = true;
+                kept.send(request).unwrap();
+            }
+            _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+        }
+    });
+    let features = F::UNPRIVILEGED_DEV | F::SHMEM_ZC;
+    let disk = builder.queues(1).require(features).prefer(F::NO_AUTO_PART_SCAN).start().unwrap();
+    let reader = Client::reader(disk.path());
+    let reader = std::thread::spawn(move || reader.read_errno(KEPT, 4096));
+    let request = requests.recv().unwrap();
+    let impatient = ControlOptions::new().device_paths(true).patience(Duration::from_millis(300));
+    let impatient = impatient.open().unwrap();
+    let buffer = SharedBuffer::new(SIZE).unwrap();
+    let mapping = sharing::Mapping::of(&buffer);
+    let addr = mapping.start.as_ptr() as u64;
+    let memory = ublk_core::uapi::ublk_shmem_buf_reg { addr, len: SIZE, ..Default::default() };
+    // SAFETY: mapped for as long as the disk lives, and nobody has a slice of it.
+    let late = unsafe { impatient.reg_buf(disk.id(), &memory) }.unwrap_err();
+    has(&late, ErrorKind::TimedOut, "");
+    request.complete(Ok::<(), Errno>(())).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
+    eventually("it is undone", || impatient.outstanding().is_empty());
+    assert_eq!(disk.share(&buffer).unwrap(), 0, "neither the memory nor the number is taken");
+    disk.stop(SOON).unwrap();
 }
 
 fn stranger() {
@@ -252,25 +317,35 @@ fn shortened(id: u32) {
 }
 
 const KEPT: u64 = 8192;
-const AT_ONCE: u64 = 32;
+/// Keep the worker for a half and for a quarter of the timeout.
+const HALF: u64 = SIZE - 16384;
+const QUARTER: u64 = SIZE - 8192;
+/// More than io_uring brings at once.
+const AT_ONCE: u64 = 60;
 
 /// Requests that take their time, on the worker: apart, so that nothing merges them, and where nobody looks who wants to
 /// know what is on the disk.
 fn slow(i: u64) -> u64 {
-    SIZE / 2 + i * 16384 + 12288
+    SIZE / 2 + i * 8192 + 4096
 }
 
 fn is_slow(offset: u64) -> bool {
-    offset >= SIZE / 2 && offset % 16384 == 12288
+    offset >= SIZE / 2 && offset % 8192 == 4096
 }
 
 fn keeper() {
     let (kept, requests) = channel::<Request>();
-    let kept: Arc<Mutex<Sender<Request>>> = Arc::new(Mutex::new(kept));
+    let (begun, busy) = channel::<()>();
+    let tell = Arc::new(Mutex::new((kept, begun)));
     let disk = Builder::with_handlers(SIZE, Capabilities::WRITE, move |_queue| {
-        let kept = kept.lock().unwrap().clone();
+        let (kept, begun) = tell.lock().unwrap().clone();
         move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
             KEPT => kept.send(request).unwrap(),
+            offset @ (HALF | QUARTER) => {
+                begun.send(()).unwrap();
+                std::thread::sleep(timeout() / if offset == HALF { 2 } else { 4 });
+                request.complete(Ok::<(), Errno>(())).unwrap();
+            }
             offset if is_slow(offset) => {
                 std::thread::sleep(timeout() / 20);
                 request.complete(Ok::<(), Errno>(())).unwrap();
@@ -279,6 +354,9 @@ fn keeper() {
         }
     })
     .queues(1)
+    // So that no timer of idle memory wakes the worker.
+    .queue_depth(64)
+    .populate(true)
     .require(F::UNPRIVILEGED_DEV)
     .start()
     .unwrap();
@@ -307,14 +385,17 @@ fn keeper() {
     };
     whole();
     assert_eq!(disk.stats().total().revoked, 1);
-    // Each quick enough, together too slow: what comes with one turn is not left to the turn's end.
+    // Each quick enough, together too slow: what comes with one turn is not left to the turn's end. And what comes later,
+    // because io_uring does not bring it all at once, has waited as long.
+    let read = |at| {
+        let client = Client::reader(disk.path());
+        std::thread::spawn(move || client.read_errno(at, 4096))
+    };
     let begin = Instant::now();
-    let readers: Vec<_> = (0..AT_ONCE)
-        .map(|i| {
-            let client = Client::reader(disk.path());
-            std::thread::spawn(move || client.read_errno(slow(i), 4096))
-        })
-        .collect();
+    let first = read(HALF);
+    busy.recv().unwrap();
+    let readers: Vec<_> = (0..AT_ONCE).map(|i| read(slow(i))).collect();
+    assert_eq!(first.join().unwrap(), 0);
     let errnos: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
     assert!(begin.elapsed() < timeout(), "{:?}", begin.elapsed());
     let failed = errnos.iter().filter(|errno| **errno == libc::EIO).count() as u64;
@@ -322,6 +403,14 @@ fn keeper() {
     assert!((1..AT_ONCE).contains(&failed), "{errnos:?}");
     assert_eq!(disk.stats().total().revoked, 1 + failed);
     whole();
+    // A worker that was busy, and has nothing to do now: what comes then has not waited. With half of the timeout.
+    shortened(disk.id());
+    assert_eq!(read(QUARTER).join().unwrap(), 0);
+    let reader = read(KEPT);
+    let request = requests.recv().unwrap();
+    std::thread::sleep(timeout() / 6);
+    request.complete(Ok::<(), Errno>(())).unwrap();
+    assert_eq!(reader.join().unwrap(), 0);
     drop(client);
     assert_eq!(disk.stop(SOON).unwrap().ending, Ending::Stopped);
 }
@@ -343,10 +432,12 @@ fn a_request_that_takes_too_long_fails_and_its_server_lives() {
     }
     let _udev = Udev::start(TEST);
     let mut owner = User::start(TEST, "keeper", "", OWNER);
-    let id = owner.hears("serving ");
-    let timeout = timeout().as_millis().to_string();
-    fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
-    owner.go_on();
+    for timeout in [timeout(), timeout() / 2] {
+        let id = owner.hears("serving ");
+        let timeout = timeout.as_millis().to_string();
+        fs::write(format!("/sys/block/ublkb{id}/queue/io_timeout"), timeout).unwrap();
+        owner.go_on();
+    }
     owner.succeeds();
 }
 

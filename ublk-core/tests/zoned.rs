@@ -9,12 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::{fs, io};
 
-use disk::{Client, SOON, no_devices};
-use ublk_core::control::{Control, Features, Zoned};
+use disk::kernel::lacks;
+use disk::{Client, SOON, bounded, no_devices};
+use ublk_core::control::{Control, DeviceState, Features, Zoned};
 use ublk_core::targets::ZonedMem;
 use ublk_core::{
-    AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, ErrorKind, Op, QueueContext,
-    Request, RequestFlags, Ring, RingFile, Zone, ZoneAction, ZoneState,
+    AsyncBackend, Backend, Builder, Capabilities, DataPath, Device, Errno, ErrorKind, Op,
+    QueueContext, Request, RequestFlags, Ring, RingFile, Zone, ZoneAction, ZoneKind, ZoneState,
 };
 
 const MIB: u64 = 1 << 20;
@@ -135,7 +136,13 @@ fn clients_see_the_zones_that_the_backend_has() {
     assert_eq!(all[2].wp, (2 * ZONE + 3 * BLOCK) >> 9);
     assert_eq!((all[3].state, all[3].wp), (1, (3 * ZONE) >> 9));
     assert_eq!(report(&client, 13 * ZONE), all[13..], "from the middle");
-    assert_eq!(disk.resize(32 * ZONE).unwrap_err().kind(), ErrorKind::Unsupported);
+    // By hand the driver would do it, and the kernel know of no zone more.
+    let control = Control::open().unwrap();
+    let by_hand = control.update_size(disk.id(), 32 * ZONE).unwrap_err();
+    for e in [disk.resize(32 * ZONE).unwrap_err(), by_hand] {
+        assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+    }
+    assert_eq!(control.get_dev_info(disk.id()).unwrap().capacity, Some(16 * ZONE));
     drop(client);
     let stats = disk.stop(SOON).unwrap().stats.total();
     assert!(stats.zone_report.completed >= 2, "at the start, and for the clients");
@@ -450,6 +457,162 @@ fn a_report_without_zones_fails_the_start_and_leaves_nothing() {
         });
         let e = builder.zoned(zoned).start().unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Io, "{e}");
+        no_devices();
+    }
+}
+
+#[test]
+fn zones_that_the_kernel_does_not_take_fail_the_start_by_their_name() {
+    let zoned = Zoned { zone_bytes: ZONE, max_open: 0, max_active: 0, max_append_bytes: 64 << 10 };
+    type Spoil = fn(&mut Zone);
+    let sound: Spoil = |_| ();
+    for (what, spoil) in [
+        ("sound", sound),
+        ("a capacity beyond the zone", |zone| zone.capacity = ZONE + BLOCK),
+        ("no capacity", |zone| zone.capacity = 0),
+        ("a gap", |zone| zone.start += BLOCK),
+        ("another length", |zone| zone.len = ZONE / 2),
+        ("room left in a conventional zone", |zone| {
+            zone.kind = ZoneKind::Conventional;
+            zone.state = ZoneState::NoWritePointer;
+            zone.capacity = ZONE / 2;
+        }),
+    ] {
+        let caps = Capabilities::WRITE | Capabilities::ZONED;
+        let builder = Builder::with_handlers(8 * ZONE, caps, move |_| {
+            move |request: Request, _: &mut QueueContext<'_>| {
+                let first = request.offset() / ZONE;
+                let zone = |number| {
+                    let start = number * ZONE;
+                    let (kind, state) = (ZoneKind::Sequential, ZoneState::Empty);
+                    let (len, capacity) = (ZONE, ZONE);
+                    let mut zone = Zone { start, len, capacity, write_pointer: start, kind, state };
+                    if number == 1 {
+                        spoil(&mut zone);
+                    }
+                    zone
+                };
+                let _ = match request.op() {
+                    Op::ReportZones => {
+                        let zones: Vec<_> =
+                            (first..first + u64::from(request.zones())).map(zone).collect();
+                        request.complete_report(&zones)
+                    }
+                    _ => request.complete(Ok::<_, io::Error>(())),
+                };
+            }
+        });
+        match builder.zoned(zoned).start() {
+            Ok(disk) => {
+                assert_eq!(what, "sound");
+                assert_eq!(disk.state().unwrap(), DeviceState::Live);
+                disk.stop(SOON).unwrap();
+            }
+            Err(e) => {
+                assert_eq!(
+                    (e.kind(), e.errno()),
+                    (ErrorKind::InvalidParameter, Some(Errno::ENODEV)),
+                    "{what}: {e}"
+                );
+                assert!(
+                    e.to_string().contains("refuses the zones that the backend reports"),
+                    "{what}: {e}"
+                );
+                assert_ne!(what, "sound", "{e}");
+            }
+        }
+        no_devices();
+    }
+}
+
+/// Where its zones' write pointers are is the next server's to know, and the next disk's.
+#[test]
+fn a_zoned_disk_is_handed_over_recovered_halted_and_started() {
+    // The last because it came with what lets a device start twice.
+    if lacks(Features::QUIESCE | Features::IO_DESC_SIZE) {
+        return;
+    }
+    let options = || ZonedMem::options().conventional(1).max_open(3);
+    let recovery = Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE;
+    for (path, more) in ways() {
+        let mem = options().create(4 * ZONE, ZONE).unwrap();
+        let builder = mem.builder().data_path(path).require(recovery | more);
+        let disk = builder.start().unwrap();
+        let id = disk.id();
+        let client = Client::open(disk.path());
+        let block = |n: u8| [n; BLOCK as usize];
+        let write_pointer = || report(&client, ZONE)[0].wp << 9;
+        client.write(ZONE, &block(1)).unwrap();
+        assert_eq!(act(&client, BLKFINISHZONE, 2, 1), 0);
+        bounded("the handover", move || disk.hand_over(SOON).unwrap());
+        let recover = |mem: &ZonedMem| {
+            let builder = mem.builder();
+            bounded("a recovery", move || builder.recover(id, &Control::open().unwrap()))
+        };
+        let other = options().max_open(2).create(4 * ZONE, ZONE).unwrap();
+        let e = recover(&other).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
+        assert!(e.to_string().contains("the disk's zones are"), "{e}");
+        let disk = recover(&mem).unwrap();
+        assert_eq!(disk.data_path(), path);
+        assert_eq!(write_pointer(), ZONE + BLOCK, "{path} {more}");
+        client.write(ZONE + BLOCK, &block(2)).unwrap();
+        assert_eq!(client.write_errno(ZONE, &block(9)), libc::EIO, "not at the write pointer");
+        assert_eq!(write_pointer(), ZONE + 2 * BLOCK, "{path} {more}");
+        assert_eq!(client.read(ZONE, 8192).unwrap(), [block(1), block(2)].concat());
+        assert_eq!(client.write_errno(2 * ZONE, &block(9)), libc::EIO, "it is full");
+        assert_eq!(act(&client, BLKRESETZONE, 2, 1), 0);
+        client.write(2 * ZONE, &block(4)).unwrap();
+        drop(client);
+        // Its next disk is asked for its zones anew.
+        let added = bounded("the halt", move || disk.halt(SOON).unwrap());
+        assert_eq!(added.id(), id);
+        let disk = added.start().unwrap();
+        assert_eq!(limit(&disk, "zoned"), "host-managed");
+        let client = Client::open(disk.path());
+        let pointers: Vec<_> = report(&client, 0).iter().map(|zone| zone.wp << 9).collect();
+        assert_eq!(pointers[1..], [ZONE + 2 * BLOCK, 2 * ZONE + BLOCK, 3 * ZONE], "{path} {more}");
+        client.write(ZONE + 2 * BLOCK, &block(3)).unwrap();
+        assert_eq!(client.read(ZONE + 2 * BLOCK, BLOCK as usize).unwrap(), block(3));
+        drop(client);
+        assert_eq!(disk.stop(SOON).unwrap().stats.total().rejected, 0, "{path} {more}");
+        no_devices();
+    }
+}
+
+#[test]
+fn appends_go_on_with_the_next_server() {
+    if lacks(Features::QUIESCE) || without_btrfs() {
+        return;
+    }
+    let recovery = Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE;
+    let most = [(DataPath::UserCopy, Features::NONE), (DataPath::ZeroCopy, Features::BATCH_IO)];
+    for (path, more) in ways().into_iter().filter(|way| most.contains(way)) {
+        let mem = ZonedMem::options().create(ZONES * ZONE, ZONE).unwrap();
+        let builder = mem.builder().logical_block_size(BLOCK as u32).data_path(path);
+        let disk = builder.require(recovery | more).start().unwrap();
+        let id = disk.id();
+        btrfs::make(disk.path());
+        let mount = btrfs::Mount::new(disk.path());
+        let append = |name: u8| {
+            let mut file = fs::File::create(mount.file(&name.to_string())).unwrap();
+            file.write_all(&[name; 100_000]).unwrap();
+            write_out(&file);
+        };
+        append(1);
+        bounded("the handover", move || disk.hand_over(SOON).unwrap());
+        let disk = mem.builder().recover(id, &Control::open().unwrap()).unwrap();
+        append(2);
+        drop(mount);
+        let mount = btrfs::Mount::new(disk.path());
+        for name in [1, 2] {
+            let data = fs::read(mount.file(&name.to_string())).unwrap();
+            assert!(data.len() == 100_000 && data.iter().all(|b| *b == name), "{path} {more}");
+        }
+        drop(mount);
+        let stats = disk.stop(SOON).unwrap().stats.total();
+        assert!(stats.zone_append.completed > 0, "{path} {more}");
+        assert_eq!((stats.zone_append.errors, stats.rejected), (0, 0), "{path} {more}");
         no_devices();
     }
 }

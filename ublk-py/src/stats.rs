@@ -40,6 +40,7 @@ fn queue<'py>(py: Python<'py>, stats: &QueueStats) -> PyResult<Bound<'py, PyDict
         ("refused", stats.refused),
         ("rejected", stats.rejected),
         ("unregistered", stats.unregistered),
+        ("shared", stats.shared),
     ] {
         dict.set_item(name, count)?;
     }

@@ -63,6 +63,7 @@ fn queue(stats: &QueueStats) -> Value {
         "refused": stats.refused,
         "rejected": stats.rejected,
         "unregistered": stats.unregistered,
+        "shared": stats.shared,
     })
 }
 

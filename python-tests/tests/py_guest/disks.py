@@ -35,6 +35,10 @@ _NEEDS = {
 }
 
 
+# What one of the kernels that are tested on has not.
+_SINCE = {"UPDATE_SIZE": "6.16", "QUIESCE": "6.16", "INTEGRITY": "7.0", "SHMEM_ZC": "7.1", "IO_DESC_SIZE": "7.3"}
+
+
 def usable_paths() -> list[ublk.DataPath]:
     """The data paths that this kernel has."""
     return [path for path in DATA_PATHS if path not in _NEEDS or has(_NEEDS[path])]
@@ -57,7 +61,7 @@ def tasks() -> dict[int, str]:
 def needs(feature: str) -> None:
     """Rules the test out where the driver lacks the feature."""
     if not has(feature):
-        raise NotRun(f"the driver has no {feature}")
+        raise NotRun(f"the driver lacks {feature} (since Linux {_SINCE[feature]})")
 
 
 class Ram:

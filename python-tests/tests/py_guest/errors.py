@@ -16,6 +16,7 @@ import ublk
 from tests.py_guest.disks import (
     BLOCK,
     MIB,
+    SCALE,
     Gate,
     Ram,
     Reads,
@@ -275,9 +276,9 @@ def test_what_is_no_exception_ends_the_device_and_comes_out_of_wait_or_stop() ->
             backend.error = error
             # This one, or one of udev's that came before it and has ended the disk.
             read_error(device.path)
-            assert raised(type(error), lambda device=device: device.wait(20)) is error
+            assert raised(type(error), lambda device=device: device.wait(20 * SCALE)) is error
             # Once: then it is only over.
-            assert device.wait(20) is True
+            assert device.wait(20 * SCALE) is True
             device.stop()
             gone(device)
         backend.error = None
@@ -349,7 +350,7 @@ def test_requests_that_nobody_answers() -> None:
     until(lambda: device.stats().total.oldest)
     buffer = kept[0].buffer
     device.stop_force(0.2)
-    client.join(10)
+    client.join(10 * SCALE)
     assert not client.is_alive()
     # The answer was given by the stop; the memory is still there.
     raised(ublk.GoneError, kept[0].complete)
@@ -439,7 +440,7 @@ def test_a_start_that_takes_too_long() -> None:
         gate.go.set()
         device.stop()
     gate.go.set()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 30 * SCALE
     until(lambda: not ublk.list())
 
 

@@ -376,9 +376,9 @@ def test_ctrl_c_while_a_takeover_and_a_deletion_wait_for_another_process() -> No
     pid = os.fork()
     if pid == 0:
         held = Held(closed=False)
-        device = ublk.Device(held, recovery="wait", id=5, size=MIB).start()
-        held.closed = True
+        device = ublk.Device(held, recovery="wait", id=5, size=MIB, prefer=[UNSCANNED]).start()
         held.arrived.clear()
+        held.closed = True
         os.write(arrived[1], b"s")
         held.arrived.wait(60)
         os.write(arrived[1], b"r")

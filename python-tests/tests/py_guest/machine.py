@@ -19,6 +19,7 @@ import ublk
 from tests.py_guest.disks import (
     BLOCK,
     MIB,
+    SCALE,
     Ram,
     error_of,
     gone,
@@ -68,7 +69,7 @@ def test_list_delete_and_features() -> None:
         assert info.owner == (0, 0)
     ublk.delete(devices[0].id)
     gone(devices[0])
-    assert devices[0].wait(10) is True
+    assert devices[0].wait(10 * SCALE) is True
     for device in devices:
         device.stop()
     # One whose server was killed.
@@ -100,7 +101,7 @@ def test_the_next_process_recovers_what_a_killed_one_left() -> None:
         client = threading.Thread(target=lambda: waiting.append(read("/dev/ublkb3", BLOCK)))
         client.start()
         device = ublk.recover(3, OnFile(store), fingerprint=77)
-        client.join(20)
+        client.join(20 * SCALE)
         assert waiting == [b"1" * BLOCK]
         assert (device.id, device.state, device.size) == (3, "live", MIB)
         device.stop()

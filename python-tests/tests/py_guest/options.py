@@ -25,6 +25,7 @@ from tests.py_guest.disks import (
     sysfs,
     tasks,
     together,
+    until,
     usable_paths,
     write,
 )
@@ -179,7 +180,8 @@ def test_threads_workers_and_pinning() -> None:
     # Of devices before, which had the same number: a stop does not wait for the last instructions of a worker's thread.
     former = set(tasks())
     with ublk.Device(Ram(), threads=5, queues=1) as device:
-        assert sum(re.fullmatch(r"ublk-py-\d", name) is not None for name in tasks().values()) == 5
+        # A thread has its name once it has run.
+        until(lambda: sum(re.fullmatch(r"ublk-py-\d", name) is not None for name in tasks().values()) == 5)
         assert len(named(f"ublk{device.id}-q")) == 1
         read(device.path)
     all_cpus = os.sched_getaffinity(0)
@@ -211,9 +213,9 @@ def test_a_pool_of_workers_is_shared_by_python_and_native_devices() -> None:
     devices += [ublk.Device(ublk.Mem(MIB), workers=pool) for _ in range(2)]
     for device in devices:
         device.start()
+    until(lambda: sum(name.startswith("ublk-pool-") for name in tasks().values()) == 4)
     names = list(tasks().values())
     assert not [n for n in names if "-q" in n], names
-    assert len([n for n in names if n.startswith("ublk-pool-")]) == 4, names
 
     def use(number: int) -> None:
         device = devices[number % len(devices)]

@@ -142,6 +142,52 @@ static void quiesce(void) {
     ublk_rs_control_free(control);
 }
 
+/* A slow disk with more clients than a turn of the event loop has patience for. */
+static int do_slow_read(void *user, void *buf, size_t length, uint64_t offset) {
+    nap();
+    return do_read(user, buf, length, offset);
+}
+
+static void dispatch_busy(void) {
+    const ublk_rs_backend slow = {.size = sizeof slow, .read = do_slow_read, .write = do_write};
+    enum { CLIENTS = 8 };
+    pid_t clients[CLIENTS];
+    ublk_rs_device *device = NULL;
+    WORKS(ublk_rs_device_new(SIZE, &slow, memory, &device, error));
+    WORKS(ublk_rs_device_set(device, "dispatch", "yes", error));
+    WORKS(ublk_rs_device_start(device, error));
+    const char *path = ublk_rs_device_path(device);
+    int depth = 128, turns = 0, ended = 0;
+    for (int i = 0; i < CLIENTS; i++) {
+        clients[i] = fork();
+        CHECK(clients[i] >= 0);
+        if (clients[i] != 0) continue;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        static unsigned char room[2 * BLOCK];
+        int fd = open(path, O_RDONLY | O_DIRECT);
+        if (fd < 0) _exit(1);
+        while (pread(fd, room + (BLOCK - (uintptr_t)room % BLOCK), BLOCK, i * BLOCK) == BLOCK) continue;
+        _exit(1);
+    }
+    /* All of them are at it. */
+    while (turns < CLIENTS) {
+        int done = ublk_rs_device_dispatch(device, 0);
+        CHECK(done >= 0 && done <= depth);
+        turns = done >= CLIENTS / 2 ? turns + 1 : turns;
+        if (done == 0) nap();
+    }
+    double began = seconds();
+    EQUAL(ublk_rs_device_wait(device, 200, error), -ETIMEDOUT);
+    EQUAL(ublk_rs_device_stop(device, 200, error), -EBUSY);
+    CHECK(seconds() - began < 20 * scale());
+    for (int i = 0; i < CLIENTS; i++) kill(clients[i], SIGKILL);
+    while (ended < CLIENTS) {
+        CHECK(ublk_rs_device_dispatch(device, 0) >= 0);
+        if (waitpid(-1, NULL, WNOHANG) > 0) ended++;
+    }
+    stopped(device);
+}
+
 static void share(void) {
     ublk_rs_device *device = made("SHMEM_ZC");
     uint32_t number = 0;
@@ -387,7 +433,7 @@ static const struct {
     void (*run)(void);
 } CASES[] = {{"resize", resize}, {"hand-over", hand_over}, {"killed", killed},      {"quiesce", quiesce},
              {"share", share},   {"zoned", zoned},         {"integrity", integrity},
-             {"targets", targets}};
+             {"targets", targets}, {"dispatch-busy", dispatch_busy}};
 
 int main(int argc, char **argv) {
     int descriptors = entries("/proc/self/fd", ""), ran = 0;

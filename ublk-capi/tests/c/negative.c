@@ -529,6 +529,22 @@ static void destroyed_once(void) {
         EQUAL(ublk_rs_device_size(device), 2 * SIZE);
         EQUAL(disk_io(ublk_rs_device_path(device), 0, SIZE, 0, NULL), 0);
         WORKS(ublk_rs_device_halt(device, (uint64_t)(20000 * scale()), error));
+
+        /* A start that comes too late deletes it. What comes then is another disk, by another name. */
+        const char *first = ublk_rs_device_path(device);
+        WORKS(ublk_rs_device_set_number(device, "start_timeout_ms", 0, error));
+        code = ublk_rs_device_start(device, error);
+        CHECK(code == -ETIMEDOUT || code == -EBUSY); /* the driver may still have been at the former disk */
+        EQUAL(access(node, F_OK), -1);
+        WORKS(ublk_rs_device_set_number(device, "start_timeout_ms", 30000, error));
+        WORKS(ublk_rs_device_set_number(device, "id", 77, error));
+        WORKS(ublk_rs_device_start(device, error));
+        EQUAL(strcmp(ublk_rs_device_path(device), "/dev/ublkb77"), 0);
+        EQUAL(strncmp(first, "/dev/ublkb", 10), 0);
+        WORKS(ublk_rs_device_halt(device, (uint64_t)(20000 * scale()), error));
+        WORKS(ublk_rs_device_stop(device, 0, error));
+        EQUAL(access("/dev/ublkc77", F_OK), -1);
+        EQUAL(ublk_rs_device_start(device, error), -EBADFD);
     } else {
         EQUAL(code, -EOPNOTSUPP);
         EQUAL(disk_io(ublk_rs_device_path(device), 0, 0, 0, NULL), 0);

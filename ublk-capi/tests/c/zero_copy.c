@@ -1,6 +1,8 @@
 /*
  * The data path zero-copy with an io_uring of the program's own: each request's pages are put into that ring's table, a
- * file is read straight into them or written straight from them, they are taken out, and the request is completed.
+ * file is read straight into them or written straight from them, they are taken out, and the request is completed. First
+ * on the library's worker, which fetched the request; then on a thread that never saw it, for which the driver has another
+ * way; and there also with the pages leaving the table last, which is when the client has its answer.
  *
  * Ends with 77 where the kernel does not have it.
  */
@@ -9,10 +11,12 @@
 #include "check.h"
 
 #include <linux/io_uring.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 
-enum { PLACES = 4 };
+enum { PLACES = 4, ROUNDS = 8 };
+enum { ON_THE_WORKER, ELSEWHERE, PAGES_LAST, STAGES };
 
 static struct {
     int ring, file;
@@ -21,7 +25,23 @@ static struct {
     struct io_uring_sqe *entries;
     atomic_int requests;
     atomic_int bad;
-} it;
+    atomic_int stage;
+    /* Calls of the client that have returned. */
+    atomic_int answered;
+} it = {.stage = ON_THE_WORKER};
+
+/* One request on its way to the other thread. */
+static struct {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    int full, over, served;
+    ublk_rs_device *device;
+    uint64_t request;
+    ublk_rs_io io;
+} way = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+
+/* The ring is for one at a time: at a change of stages a reader of the kernel's may be with the thread before. */
+static pthread_mutex_t ring_lock = PTHREAD_MUTEX_INITIALIZER;
 
 static unsigned *at(unsigned offset) { return (unsigned *)(void *)(it.rings + offset); }
 
@@ -55,11 +75,8 @@ static int perform(const struct io_uring_sqe *entry) {
     return result;
 }
 
-/* One worker, one queue: this is never called by two threads. */
-static int submit(void *user, ublk_rs_device *device, uint64_t request, const ublk_rs_io *io) {
-    (void)user;
+static int move(ublk_rs_device *device, uint64_t request, const ublk_rs_io *io, int pages_last) {
     struct io_uring_sqe entry;
-    if (io->op != UBLK_RS_OP_READ && io->op != UBLK_RS_OP_WRITE) return -EOPNOTSUPP;
     uint16_t place = (uint16_t)(it.requests++ % PLACES);
     if (ublk_rs_request_register_sqe(device, request, place, &entry) != 0) return -EIO;
     if (perform(&entry) != 0) return -EIO;
@@ -69,9 +86,62 @@ static int submit(void *user, ublk_rs_device *device, uint64_t request, const ub
     entry.off = io->offset;
     entry.len = (uint32_t)io->length;
     entry.buf_index = place;
-    int moved = perform(&entry);
-    if (ublk_rs_request_unregister_sqe(device, request, place, &entry) != 0 || perform(&entry) != 0) it.bad++;
-    return ublk_rs_request_complete(device, request, moved == (int)io->length ? 0 : -EIO);
+    int moved = perform(&entry), result = moved == (int)io->length ? 0 : -EIO;
+    if (ublk_rs_request_unregister_sqe(device, request, place, &entry) != 0) it.bad++;
+    if (pages_last) {
+        int answered = it.answered;
+        result = ublk_rs_request_complete(device, request, result);
+        /* Time for an answer that there must not be. */
+        nap();
+        if (it.answered != answered) it.bad++;
+    }
+    if (perform(&entry) != 0) it.bad++;
+    return pages_last ? result : ublk_rs_request_complete(device, request, result);
+}
+
+static int handle(ublk_rs_device *device, uint64_t request, const ublk_rs_io *io, int pages_last) {
+    pthread_mutex_lock(&ring_lock);
+    int code = move(device, request, io, pages_last);
+    pthread_mutex_unlock(&ring_lock);
+    return code;
+}
+
+static void *elsewhere(void *nothing) {
+    pthread_mutex_lock(&way.lock);
+    for (;;) {
+        while (!way.full && !way.over) pthread_cond_wait(&way.changed, &way.lock);
+        if (!way.full) break;
+        ublk_rs_device *device = way.device;
+        uint64_t request = way.request;
+        ublk_rs_io io = way.io;
+        way.full = 0;
+        way.served++;
+        pthread_cond_broadcast(&way.changed);
+        pthread_mutex_unlock(&way.lock);
+        int code = handle(device, request, &io, it.stage == PAGES_LAST);
+        if (code != 0) {
+            it.bad++;
+            ublk_rs_request_complete(device, request, code);
+        }
+        pthread_mutex_lock(&way.lock);
+    }
+    pthread_mutex_unlock(&way.lock);
+    return nothing;
+}
+
+static int submit(void *user, ublk_rs_device *device, uint64_t request, const ublk_rs_io *io) {
+    (void)user;
+    if (io->op != UBLK_RS_OP_READ && io->op != UBLK_RS_OP_WRITE) return -EOPNOTSUPP;
+    if (it.stage == ON_THE_WORKER) return handle(device, request, io, 0);
+    pthread_mutex_lock(&way.lock);
+    while (way.full) pthread_cond_wait(&way.changed, &way.lock);
+    way.device = device;
+    way.request = request;
+    way.io = *io;
+    way.full = 1;
+    pthread_cond_broadcast(&way.changed);
+    pthread_mutex_unlock(&way.lock);
+    return 0;
 }
 
 int main(void) {
@@ -92,21 +162,32 @@ int main(void) {
     }
     EQUAL(code, 0);
     const char *path = ublk_rs_device_path(device);
+    pthread_t thread;
+    EQUAL(pthread_create(&thread, NULL, elsewhere, NULL), 0);
     unsigned char first = 0, there[BLOCK];
-    for (int i = 0; i < 20; i++) {
+    for (int i = 0; i < STAGES * ROUNDS; i++) {
         off_t where = (off_t)i * BLOCK;
+        it.stage = i / ROUNDS;
         EQUAL(disk_io(path, 1, where, (unsigned char)(i + 1), NULL), 0);
+        it.answered++;
         EQUAL(pread(it.file, there, BLOCK, where), BLOCK);
         EQUAL(there[0], i + 1);
         EQUAL(there[BLOCK - 1], i + 1);
         memset(there, 100 + i, BLOCK);
         EQUAL(pwrite(it.file, there, BLOCK, where), BLOCK);
         EQUAL(disk_io(path, 0, where, 0, &first), 0);
+        it.answered++;
         EQUAL(first, 100 + i);
     }
-    CHECK(it.requests >= 40);
+    CHECK(it.requests >= 2 * STAGES * ROUNDS);
     EQUAL(it.bad, 0);
     WORKS(ublk_rs_device_stop(device, (uint64_t)(20000 * scale()), error));
+    pthread_mutex_lock(&way.lock);
+    way.over = 1;
+    pthread_cond_broadcast(&way.changed);
+    pthread_mutex_unlock(&way.lock);
+    EQUAL(pthread_join(thread, NULL), 0);
+    CHECK(way.served >= 2 * (STAGES - 1) * ROUNDS);
     EQUAL(ublk_rs_device_free(device), 0);
     ublk_rs_error_free(error);
     close(it.file);

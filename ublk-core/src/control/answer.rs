@@ -2,7 +2,7 @@
 
 use super::features::Features;
 use crate::error::{Errno, Error, ErrorKind};
-use crate::uring::sqe::ControlCommand;
+use crate::uring::sqe::{ControlCommand, Encoding};
 
 /// The feature by which a driver says that it knows a command.
 fn announced_by(command: ControlCommand) -> Option<Features> {
@@ -29,17 +29,25 @@ fn since(command: ControlCommand) -> Option<&'static str> {
 }
 
 /// The error that an errno of the kernel stands for. `device` is the id that was asked for, if any; `driver` is what
-/// the driver says of itself.
+/// the driver says of itself, and `encoding` how it was asked.
 pub(crate) fn error(
     command: ControlCommand,
     device: Option<u32>,
     errno: Errno,
     driver: Option<Features>,
+    encoding: Encoding,
 ) -> Error {
     use ControlCommand as C;
     use ErrorKind as K;
     let of = |kind, cause: &'static str| Error::new(kind, command.verb()).because(cause);
-    let known = announced_by(command).is_some_and(|f| driver.is_some_and(|d| d.contains(f)));
+    let announced = announced_by(command).zip(driver).map(|(f, d)| d.contains(f));
+    let (known, unknown) = (announced == Some(true), announced == Some(false));
+    let by_bare_number = command.cmd_op(encoding) != command.cmd_op(Encoding::Ioctl);
+    let not_known = || {
+        let since = since(command).map(|since| format!(" (since Linux {since})"));
+        let cause = format!("the driver does not know this command{}", since.unwrap_or_default());
+        Error::new(K::Unsupported, command.verb()).because(cause)
+    };
     let error = match (errno, command) {
         (Errno::EEXIST, C::AddDev) => of(K::IdTaken, "another device has this id")
             .remedy_is("delete that device, or let the kernel choose an id"),
@@ -77,7 +85,8 @@ pub(crate) fn error(
         .remedy_is("close /dev/ublkcN, open it again and fetch again, or delete the device"),
         (Errno::EINVAL, C::StartDev) => of(
             K::InvalidParameter,
-            "no parameters are set, or /dev/ublkcN was opened by another process than the one named",
+            "no parameters are set, /dev/ublkcN was opened by another process than the one named, or the kernel \
+             refuses the parameters",
         ),
         (Errno::EBUSY, C::StartUserRecovery) => of(
             K::Busy,
@@ -115,6 +124,8 @@ pub(crate) fn error(
         (Errno::EFAULT, C::RegBuf) => {
             of(K::Io, "not all of it is mapped, or it is not writable")
         }
+        (Errno::ENOSPC, C::RegBuf) => of(K::TooMany, "a device has 65,536 buffers at most")
+            .remedy_is("unregister some, or register larger ones"),
         (Errno::ENOENT, C::UnregBuf) => of(K::Io, "no buffer has this index"),
         (Errno::ENODEV, _) => of(K::NoSuchDevice, "no device has this id"),
         (Errno::EPERM, _) => {
@@ -128,11 +139,15 @@ pub(crate) fn error(
         )
         .remedy_is(NO_UDEV_RULES),
         (Errno::EBUSY, _) => of(K::Busy, "the device is in use"),
-        (Errno::EOPNOTSUPP, _) => {
-            let since = since(command).map(|since| format!(" (since Linux {since})"));
-            let cause = format!("the driver does not know this command{}", since.unwrap_or_default());
-            Error::new(K::Unsupported, command.verb()).because(cause)
-        }
+        // A driver that says what it has knows every command that has a bare number.
+        (Errno::EOPNOTSUPP, _) if by_bare_number && driver.is_some() => of(
+            K::Unsupported,
+            "the kernel is built without CONFIG_BLKDEV_UBLK_LEGACY_OPCODES and does not take commands by bare numbers",
+        )
+        .remedy_is("leave the encoding to the driver, or ask for Encoding::Ioctl"),
+        (Errno::EOPNOTSUPP, _) => not_known(),
+        // Said of unprivileged devices, whose caller is looked at before the command.
+        (Errno::EINVAL, _) if unknown => not_known(),
         (Errno::ENOMEM, _) => of(K::TooMany, "the kernel has no memory for it"),
         (Errno::EINVAL, _) => of(K::InvalidParameter, "the driver refuses an argument"),
         (Errno::EINTR | Errno::ECANCELED, _) => {
@@ -185,8 +200,10 @@ mod tests {
             (C::TryStopDev, Errno::EBUSY, K::Busy),
             (C::SetParams, Errno::EACCES, K::WrongState),
             (C::UpdateSize, Errno::EOPNOTSUPP, K::Unsupported),
+            (C::RegBuf, Errno::ENOSPC, K::TooMany),
+            (C::DelDevAsync, Errno::EINVAL, K::Unsupported),
         ] {
-            let e = error(command, Some(4), errno, Some(Features::known()));
+            let e = error(command, Some(4), errno, Some(Features::known()), Encoding::Ioctl);
             assert_eq!((e.kind(), e.errno(), e.device()), (kind, Some(errno), Some(4)));
             assert!(e.cause().is_some());
         }
@@ -206,17 +223,48 @@ mod tests {
             (C::GetDevInfo2, "since Linux 6.3"),
         ] {
             for driver in [Some(LINUX_6_12), None] {
-                let e = error(command, Some(4), Errno::EOPNOTSUPP, driver);
+                let e = error(command, Some(4), Errno::EOPNOTSUPP, driver, Encoding::Ioctl);
                 assert_eq!(e.kind(), ErrorKind::Unsupported);
                 let text = e.to_string();
                 assert!(text.contains(words) && text.contains("does not know"), "{text}");
             }
+            if announced_by(command).is_none() {
+                continue;
+            }
+            // About an unprivileged device.
+            let e = error(command, Some(4), Errno::EINVAL, Some(LINUX_6_12), Encoding::Ioctl);
+            assert!(e.to_string().contains(words), "{e}");
+            let e =
+                error(command, Some(4), Errno::EINVAL, Some(Features::known()), Encoding::Ioctl);
+            assert_eq!(e.kind(), ErrorKind::InvalidParameter, "{e}");
         }
         for (command, words) in
             [(C::RegBuf, "without SHMEM_ZC"), (C::QuiesceDev, "without QUIESCE")]
         {
-            let e = error(command, Some(4), Errno::EOPNOTSUPP, Some(Features::known()));
+            let e = error(
+                command,
+                Some(4),
+                Errno::EOPNOTSUPP,
+                Some(Features::known()),
+                Encoding::Ioctl,
+            );
             assert!(e.to_string().contains(words), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_without_bare_numbers_is_named_for_what_it_is_built_without() {
+        let said = |command, driver, encoding| {
+            error(command, Some(4), Errno::EOPNOTSUPP, driver, encoding).to_string()
+        };
+        let (driver, legacy) = (Some(Features::known()), Encoding::Legacy);
+        for &command in ControlCommand::ALL {
+            let bare = command.cmd_op(legacy) < 0x100;
+            let text = said(command, driver, legacy);
+            assert_eq!(text.contains("CONFIG_BLKDEV_UBLK_LEGACY_OPCODES"), bare, "{text}");
+            for text in [said(command, driver, Encoding::Ioctl), said(command, None, legacy)] {
+                assert!(!text.contains("LEGACY_OPCODES"), "{text}");
+            }
         }
     }
 }

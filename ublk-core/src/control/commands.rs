@@ -116,7 +116,10 @@ impl Inner {
         let mut answer = self.pool.run(work, wait)?;
         if let Some(errno) = Errno::from_result(answer.result) {
             let device = (command != C::GetFeatures && id != u32::MAX).then_some(id);
-            return Err(answer::error(command, device, errno, self.features));
+            if errno == Errno::ENOENT && path_len > 0 {
+                rules::node_is_there(command, id, &self.places)?;
+            }
+            return Err(answer::error(command, device, errno, self.features, self.encoding));
         }
         answer.memory.drain(..path_len);
         Ok(answer)
@@ -129,7 +132,22 @@ impl Inner {
             let info = self.info_by_path(call.id)?;
             call.with_path = Features::from_bits(info.flags).contains(Features::UNPRIVILEGED_DEV);
         }
-        self.call(call, wait)
+        let (command, id, with_path) = (call.command, call.id, call.with_path);
+        self.call(call, wait).map_err(|e| match (e.errno(), e.kind()) {
+            // What the driver does not do at all it does not do with a path either.
+            (_, ErrorKind::Unsupported) => e,
+            (Some(Errno::EINVAL), _) if !with_path && self.is_unprivileged(id) => {
+                rules::wants_its_path(command, id)
+            }
+            _ => e,
+        })
+    }
+
+    /// Whether a device is one of those about which the driver takes no command without a path. No, if the caller may
+    /// not ask.
+    fn is_unprivileged(&self, id: u32) -> bool {
+        let flags = self.info_by_path(id).map(|info| Features::from_bits(info.flags));
+        flags.is_ok_and(|flags| flags.contains(Features::UNPRIVILEGED_DEV))
     }
 
     fn info_by_path(&self, id: u32) -> Result<ublksrv_ctrl_dev_info> {
@@ -247,7 +265,8 @@ impl Control {
     /// # Errors
     ///
     /// [`ErrorKind::WrongState`] if the device is live or was stopped with `/dev/ublkcN` open,
-    /// [`ErrorKind::InvalidParameter`] without parameters or with the wrong process.
+    /// [`ErrorKind::InvalidParameter`] without parameters, with the wrong process, or if the backend of a zoned disk
+    /// reports zones that the kernel does not take.
     pub fn start_dev(&self, id: u32, server_pid: i32, wait: &Wait) -> Result<()> {
         rules::server(C::StartDev, id, server_pid)?;
         // What cannot be asked for is left to the driver to refuse.
@@ -256,10 +275,12 @@ impl Control {
         }
         let started = self.0.call_device(Call::new(C::StartDev, id).data(server_pid as u64), wait);
         started.map(drop).map_err(|e| match e.errno() {
-            Some(errno @ (Errno::EEXIST | Errno::EINVAL)) => match self.get_raw_info(id) {
-                Ok(info) => rules::not_started(e, errno, server_pid, &info),
-                Err(_) => e,
-            },
+            Some(errno @ (Errno::EEXIST | Errno::EINVAL | Errno::ENODEV)) => {
+                match self.get_raw_info(id) {
+                    Ok(info) => rules::not_started(e, errno, server_pid, &info),
+                    Err(_) => e,
+                }
+            }
             _ => e,
         })
     }
@@ -300,17 +321,24 @@ impl Control {
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] naming the section that was dropped, [`ErrorKind::WrongState`] if
-    /// the device has or had a disk.
+    /// the device has or had a disk, [`ErrorKind::InvalidParameter`] for what the device was not added for: larger
+    /// requests, metadata without [`INTEGRITY`](Features::INTEGRITY), zones without [`ZONED`](Features::ZONED) or none
+    /// with it.
     pub fn set_params(&self, id: u32, params: &DeviceParams) -> Result<()> {
         self.set_raw_params(id, &params.to_uapi())
     }
 
-    /// [`set_params`](Self::set_params) with the kernel's struct, which nothing has checked.
+    /// [`set_params`](Self::set_params) with the kernel's struct. It is compared with the device, and otherwise left to
+    /// the driver to check.
     ///
     /// # Errors
     ///
     /// As [`set_params`](Self::set_params), and [`ErrorKind::InvalidParameter`].
     pub fn set_raw_params(&self, id: u32, params: &ublk_params) -> Result<()> {
+        // What cannot be asked for is left to the driver to refuse.
+        if let Ok(info) = self.get_raw_info(id) {
+            rules::settable(params, &info, self.0.features)?;
+        }
         self.0.call_device_soon(Call::new(C::SetParams, id).payload(bytes_of(params)))?;
         let taken = self.get_raw_params(id)?;
         params_wire::check_taken(params, &taken).map_err(|e| e.on_device(id))
@@ -378,7 +406,14 @@ impl Control {
     /// [`ErrorKind::InvalidParameter`] if the device has no such queue.
     pub fn get_queue_affinity(&self, id: u32, queue: u16) -> Result<CpuSet> {
         let call = Call::new(C::GetQueueAffinity, id).data(queue.into()).payload(&[0; CPU_BYTES]);
-        let answer = self.0.call_device_soon(call).map_err(|e| e.on_queue(queue))?;
+        let answer = self.0.call_device_soon(call).map_err(|e| match e.errno() {
+            Some(Errno::EINVAL) => match self.get_raw_info(id) {
+                Ok(info) if queue >= info.nr_hw_queues => rules::no_such_queue(e, &info),
+                _ => e,
+            },
+            _ => e,
+        });
+        let answer = answer.map_err(|e| e.on_queue(queue))?;
         Ok(CpuSet::from_words(answer.memory.chunks_exact(8).map(from_prefix)))
     }
 
@@ -418,9 +453,11 @@ impl Control {
     ///
     /// [`ErrorKind::InvalidParameter`] if the size is not a multiple of the logical block size,
     /// [`ErrorKind::WrongState`] if there is no disk, [`ErrorKind::Unsupported`] from drivers
-    /// without UPDATE_SIZE.
+    /// without UPDATE_SIZE and for zoned disks, whose zones the kernel does not look for again.
     pub fn update_size(&self, id: u32, capacity: u64) -> Result<()> {
-        let block = 1u64 << self.get_raw_params(id)?.basic.logical_bs_shift.min(63);
+        let params = self.get_raw_params(id)?;
+        rules::resizable(id, &params)?;
+        let block = 1u64 << params.basic.logical_bs_shift.min(63);
         if !capacity.is_multiple_of(block.max(super::SECTOR)) || capacity > i64::MAX as u64 {
             return Err(Error::new(ErrorKind::InvalidParameter, C::UpdateSize.verb())
                 .on_device(id)
@@ -454,9 +491,13 @@ impl Control {
             return error;
         }
         match self.get_raw_info(id) {
-            Err(e) if e.kind() == ErrorKind::NoSuchDevice => {
-                answer::error(C::GetDevInfo, Some(id), Errno::ENODEV, self.0.features)
-            }
+            Err(e) if e.kind() == ErrorKind::NoSuchDevice => answer::error(
+                C::GetDevInfo,
+                Some(id),
+                Errno::ENODEV,
+                self.0.features,
+                self.0.encoding,
+            ),
             _ => error,
         }
     }

@@ -100,7 +100,7 @@ impl Control {
 
     /// Takes a live disk from its server, whoever that is, for another to recover it: new requests wait until then, those that
     /// the server has are waited for. A server that is to give its disk away by itself has
-    /// [`Device::hand_over`](crate::Device::hand_over).
+    /// [`Running::hand_over`](crate::Running::hand_over).
     ///
     /// It repeats [`quiesce_dev`](Self::quiesce_dev), which leaves a tag that was with the server waiting for nothing, until
     /// the driver has seen the last of the server. A disk that is quiesced already is what was asked for.

@@ -284,7 +284,15 @@ impl Shared {
         ring.start(self.control.as_raw_fd(), command, encoding, header, memory);
         let mut cancelled = false;
         loop {
-            match ring.wait()? {
+            let turn = match ring.wait() {
+                Ok(turn) => turn,
+                Err(error) => {
+                    // The command is with the kernel still, as is the memory that whoever wants to hear of it keeps.
+                    std::mem::forget(heard);
+                    return Err(error);
+                }
+            };
+            match turn {
                 Turn::Done(result, memory) => {
                     tracing::debug!(?command, device = header.dev_id, result, "control command");
                     let answer = Answer { result, memory };

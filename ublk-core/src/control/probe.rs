@@ -1,6 +1,9 @@
 //! Whether somebody has claimed a disk whom nobody sees: a file system that is mounted in another namespace, or what is on
 //! top of it. The kernel lets nobody open a disk exclusively while it, or a partition of it, is claimed.
 //!
+//! It refuses that at once (`bdev_open` asks for the claim before it takes the disk's `open_mutex`). So an open that does
+//! not come back tells that nobody has a claim: it waits for that lock, which whoever looks for partitions holds.
+//!
 //! A process in another namespace that merely has it open claims nothing, and is not found. The look is not noticed: what
 //! has udev look at a disk again is the close of one that was open for writing.
 
@@ -8,12 +11,26 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::node::device_number;
 use super::node_maker::PrivateNode;
 use crate::error::Errno;
 use crate::sys::thread;
+
+/// What the kernel refuses at once is refused within this.
+const REFUSAL: Duration = Duration::from_secs(1);
+
+/// What a look says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sight {
+    /// Somebody has claimed the disk.
+    Claimed,
+    /// Nobody has, or the disk cannot be looked at.
+    Free,
+    /// Nobody has so far; who opens the disk now waits in the kernel, as the look itself does.
+    Late,
+}
 
 /// Looks at one disk, as often as one likes.
 pub(crate) struct Probe {
@@ -22,7 +39,17 @@ pub(crate) struct Probe {
     /// For the look, where `/dev` has none.
     _node: Option<PrivateNode>,
     /// Of a look that has not come back.
-    answer: Option<Receiver<bool>>,
+    pending: Option<Receiver<Step>>,
+    /// It is in the kernel.
+    opening: bool,
+}
+
+/// What a look's thread tells.
+enum Step {
+    /// It opens the disk now.
+    Opening,
+    /// Whether it was refused.
+    Refused(bool),
 }
 
 impl Probe {
@@ -39,37 +66,50 @@ impl Probe {
             Some(node) => Some(node.path().to_owned()),
             None => is_it.then(|| path.to_owned()),
         };
-        Probe { id, path, _node: node, answer: None }
+        Probe { id, path, _node: node, pending: None, opening: false }
     }
 
-    /// Whether the disk is claimed. Also if the answer has not come in time: it is not to be taken for one. No, where
-    /// the disk cannot be looked at.
-    pub(crate) fn is_claimed(&mut self, patience: Duration) -> bool {
-        let Some(answer) = self.answer.take().or_else(|| self.look()) else { return false };
-        match answer.recv_timeout(patience) {
-            Ok(claimed) => claimed,
-            Err(RecvTimeoutError::Disconnected) => false,
-            Err(RecvTimeoutError::Timeout) => {
-                self.answer = Some(answer);
-                true
+    /// Looks at the disk. `patience` is for the look to begin: what it finds it says soon after. A look that has not come
+    /// back is waited for again, for that time.
+    pub(crate) fn look(&mut self, patience: Duration) -> Sight {
+        let Some(steps) = self.pending.take().or_else(|| self.begin()) else { return Sight::Free };
+        let soon = patience.min(REFUSAL);
+        let mut deadline = Instant::now() + if self.opening { soon } else { patience };
+        loop {
+            match steps.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Step::Opening) => {
+                    self.opening = true;
+                    deadline = Instant::now() + soon;
+                }
+                Ok(Step::Refused(true)) => return Sight::Claimed,
+                Ok(Step::Refused(false)) | Err(RecvTimeoutError::Disconnected) => {
+                    return Sight::Free;
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.pending = Some(steps);
+                    // Nobody has looked: that must not be taken for an answer.
+                    return if self.opening { Sight::Late } else { Sight::Claimed };
+                }
             }
         }
     }
 
     /// On a thread of its own, because an open may read the disk's partition table, which a stuck server does not
     /// answer.
-    fn look(&self) -> Option<Receiver<bool>> {
+    fn begin(&mut self) -> Option<Receiver<Step>> {
         let path = self.path.clone()?;
-        let (answer, answers) = channel();
+        self.opening = false;
+        let (tell, steps) = channel();
         let body = move || {
+            let _ = tell.send(Step::Opening);
             let flags = libc::O_EXCL | libc::O_NONBLOCK | libc::O_CLOEXEC;
             let opened = OpenOptions::new().read(true).custom_flags(flags).open(path);
-            let claimed = opened.as_ref().is_err_and(|e| Errno::from(e) == Errno::EBUSY);
+            let refused = opened.as_ref().is_err_and(|e| Errno::from(e) == Errno::EBUSY);
             // We are not to be what the disk's end waits for.
             drop(opened);
-            let _ = answer.send(claimed);
+            let _ = tell.send(Step::Refused(refused));
         };
         thread::spawn_apart(format!("ublk{}-probe", self.id), body).ok()?;
-        Some(answers)
+        Some(steps)
     }
 }

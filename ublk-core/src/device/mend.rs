@@ -48,8 +48,9 @@ pub(super) fn complete_fetches(control: &Control, info: &DeviceInfo, file: OwnFd
         let commands = IoCommands::new(Target::Fixed(Fixed(0)), encoding);
         for queue in 0..queues {
             let fetches = (0..depth).map(|tag| commands.fetch(queue, tag, buffer));
+            let first = u64::from(queue) * u64::from(depth);
             // SAFETY: the address is a static's, and the driver moves no data before a request.
-            let answers = unsafe { answers(&mut ring, fetches) }?;
+            let answers = unsafe { answers(&mut ring, first, fetches) }?;
             verdict(&answers).map_err(|e| e.on_device(id).on_queue(queue))?;
         }
         Ok(())
@@ -82,28 +83,31 @@ fn ring_for(queues: u16, depth: u16) -> Result<WorkerRing> {
     })
 }
 
-/// Submits commands, and what the driver answers to each at once: `None` if it keeps the command.
+/// Submits commands, and what the driver answers to each at once: `None` if it keeps the command. Their numbers are `first`
+/// and those after it, and no other command's on the ring.
 ///
 /// # Safety
 ///
 /// As [`WorkerRing::push`].
 unsafe fn answers(
     ring: &mut WorkerRing,
+    first: u64,
     entries: impl ExactSizeIterator<Item = squeue::Entry>,
 ) -> Result<Vec<Option<Errno>>> {
     let mut answers = vec![None; entries.len()];
     let mut collect = |ring: &mut WorkerRing| {
         ring.enter(0)?;
         ring.reap(|number, result, _| {
-            // Anything else is the end of a former command.
-            if let Some(answer) = answers.get_mut(number as usize) {
+            // Before them are commands of other queues, which the driver kept and has given back since.
+            let at = number.checked_sub(first).and_then(|at| usize::try_from(at).ok());
+            if let Some(answer) = at.and_then(|at| answers.get_mut(at)) {
                 *answer = Errno::from_result(result);
             }
         });
         Ok::<_, Error>(())
     };
-    for (number, entry) in entries.enumerate() {
-        let entry = entry.user_data(number as u64);
+    for (number, entry) in (first..).zip(entries) {
+        let entry = entry.user_data(number);
         // SAFETY: the caller's promise.
         while unsafe { ring.push(&entry) }.is_err() {
             collect(ring)?;
@@ -117,11 +121,14 @@ unsafe fn answers(
 
 /// Whether a queue is complete, by what the driver answered to a fetch of each of its tags.
 ///
-/// A tag is fetched if the driver keeps the command, or has one already (EBUSY). A queue that was complete before is
-/// another task's, which makes it EINVAL for all.
+/// A tag is fetched if the driver keeps the command, or has one already (EBUSY); also if it gives the command back
+/// (ENODEV), as it does with all that it has when it notices the former server's end only now (`ublk_quiesce_work_fn`):
+/// no fetch is refused so, and the tag stays counted. A queue that was complete before is another task's, which makes it
+/// EINVAL for all.
 fn verdict(answers: &[Option<Errno>]) -> Result<()> {
     let of_another = |answer: &Option<Errno>| *answer == Some(Errno::EINVAL);
-    let fetched = |answer: &Option<Errno>| matches!(answer, None | Some(Errno::EBUSY));
+    let fetched =
+        |answer: &Option<Errno>| matches!(answer, None | Some(Errno::EBUSY | Errno::ENODEV));
     if answers.iter().all(of_another) || answers.iter().all(fetched) {
         return Ok(());
     }
@@ -142,7 +149,14 @@ mod tests {
     #[test]
     fn a_queue_is_complete_if_all_is_fetched_or_all_is_anothers() {
         let (kept, active, anothers) = (None, Some(Errno::EBUSY), Some(Errno::EINVAL));
-        for complete in [[kept; 3], [active; 3], [active, kept, active], [anothers; 3]] {
+        let given_back = Some(Errno::ENODEV);
+        for complete in [
+            [kept; 3],
+            [active; 3],
+            [active, kept, active],
+            [given_back, active, kept],
+            [anothers; 3],
+        ] {
             verdict(&complete).unwrap();
         }
         let other = Some(Errno::EOPNOTSUPP);
@@ -151,7 +165,7 @@ mod tests {
             ([active, active, anothers], 2),
             ([anothers, anothers, active], 0),
             ([other; 3], 0),
-            ([kept, kept, Some(Errno::ENODEV)], 2),
+            ([given_back, kept, other], 2),
         ] {
             let e = verdict(&answers).unwrap_err();
             assert_eq!((e.kind(), e.tag()), (ErrorKind::WrongState, Some(tag)), "{e}");

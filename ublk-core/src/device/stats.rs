@@ -69,6 +69,8 @@ pub struct QueueStats {
     /// Requests whose pages the ring did not take, so that their data was copied: of the data paths
     /// [`ZeroCopy`](crate::DataPath::ZeroCopy) and [`AutoBufReg`](crate::DataPath::AutoBufReg).
     pub unregistered: u64,
+    /// Requests whose data lay in memory that clients [share](super::Device::share): what did not was copied.
+    pub shared: u64,
 }
 
 impl QueueStats {
@@ -116,6 +118,7 @@ impl QueueStats {
             refused: meter.refused.get(),
             rejected: meter.rejected.get(),
             unregistered: meter.unregistered.get(),
+            shared: meter.shared.get(),
         }
     }
 
@@ -136,6 +139,7 @@ impl QueueStats {
         self.refused += other.refused;
         self.rejected += other.rejected;
         self.unregistered += other.unregistered;
+        self.shared += other.shared;
     }
 
     /// Requests that ended, of every kind.

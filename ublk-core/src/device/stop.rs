@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use super::life::{Ending, Life, PATIENCE, Phase, State, from_now, identity_of};
 use crate::control::node_watch::Watch;
-use crate::control::probe::Probe;
+use crate::control::probe::{Probe, Sight};
 use crate::control::{DeviceState, Features, Holder, Wait};
 use crate::error::{Error, ErrorKind, Result};
+use crate::worker::meter::Outstanding;
 
 /// Whether users of the disk keep it from being stopped.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -117,9 +118,9 @@ impl Life {
     pub(super) fn wait_answered_while(&self, wait: &Wait, on: impl Fn(&State) -> bool) -> bool {
         // A request's end is no event: to announce each would burden them all for the sake of this.
         const STEP: Duration = Duration::from_millis(2);
-        let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
+        let then = self.outstanding();
         loop {
-            if !self.queues().iter().zip(&then).any(|(q, then)| q.meter.still_out(then)) {
+            if !self.still_out(&then) {
                 return true;
             }
             let on = {
@@ -140,14 +141,20 @@ impl Life {
         let id = self.info.id;
         let mut probe = Probe::new(id, &self.path);
         if !self.wait_answered_requests(wait) && !self.lock().has_failed() {
-            let holders = self.all_holders(&mut probe);
+            let mut holders = self.disk_holders();
+            if holders.is_empty() {
+                match probe.look(PATIENCE) {
+                    Sight::Claimed => holders.push(Holder::Unseen),
+                    // Nobody waits for what is out: writeback, or what somebody left behind.
+                    Sight::Free => self.revoke_outstanding(),
+                    // Whoever opens the disk now has nothing of it yet. What he waits for ends; or else the worker is stuck,
+                    // and the driver's own look would not come back either.
+                    Sight::Late if self.revoke_until_seen(&mut probe) => {}
+                    Sight::Late => return Ok(()),
+                }
+            }
             if !holders.is_empty() {
                 return Err(self.busy(holders));
-            }
-            // Nobody waits for what is out: writeback, or what somebody left behind. The disk goes on: it may turn out
-            // that somebody has it whom nothing shows.
-            for queue in self.queues() {
-                queue.worker.revoke_older(id, Duration::ZERO);
             }
         }
         let watch = Watch::on(Path::new("/dev"));
@@ -156,11 +163,9 @@ impl Life {
                 // Nobody can use it any more.
                 return Ok(());
             }
-            // Also at the deadline the driver is asked, and given the time to say who holds the disk: an
-            // answer that did not come must not be taken for one.
-            let least = Wait::for_(PATIENCE.max(wait.remaining().unwrap_or_default()));
+            let over = wait.is_over();
             let holders = if for_good && self.info.features.contains(Features::SAFE_STOP_DEV) {
-                match self.control.try_stop_dev(id, &least) {
+                match self.try_stop(wait) {
                     // Ok, or gone already.
                     Ok(()) => return Ok(()),
                     Err(e) if e.kind() == ErrorKind::Busy => {
@@ -170,8 +175,15 @@ impl Life {
                         }
                         holders
                     }
-                    // It is stopping, as nobody held it: the rest is not a matter of holders.
-                    Err(e) if e.kind() == ErrorKind::TimedOut => return Ok(()),
+                    // It is stopping, as nobody held it, and the rest is not a matter of holders; or it waits for the lock
+                    // of the disk before it looks, and what it will see of who has the disk is to be seen from here, too.
+                    Err(e) if e.kind() == ErrorKind::TimedOut => {
+                        let holders = self.disk_holders();
+                        if holders.is_empty() {
+                            return Ok(());
+                        }
+                        return Err(self.busy(holders));
+                    }
                     Err(e)
                         if matches!(e.kind(), ErrorKind::WrongState | ErrorKind::NoSuchDevice) =>
                     {
@@ -180,12 +192,12 @@ impl Life {
                     Err(e) => return Err(e),
                 }
             } else {
-                self.all_holders(&mut probe)
+                self.all_holders(&mut probe, over)
             };
             if holders.is_empty() {
                 return Ok(());
             }
-            if wait.is_over() {
+            if over {
                 return Err(self.busy(holders));
             }
             watch.wait(wait.remaining());
@@ -209,13 +221,62 @@ impl Life {
     }
 
     /// Who holds the disk, or that somebody does. Only he is missed who has merely opened it, where `/proc` does not
-    /// show him.
-    fn all_holders(&self, probe: &mut Probe) -> Vec<Holder> {
+    /// show him. Who waits in the kernel for the disk to be opened counts until the time is `over`.
+    fn all_holders(&self, probe: &mut Probe, over: bool) -> Vec<Holder> {
         let mut holders = self.disk_holders();
-        if holders.is_empty() && probe.is_claimed(PATIENCE) {
-            holders.push(Holder::Unseen);
+        if holders.is_empty() {
+            let unseen = match probe.look(PATIENCE) {
+                Sight::Claimed => true,
+                Sight::Late => !over,
+                Sight::Free => false,
+            };
+            holders.extend(unseen.then_some(Holder::Unseen));
         }
         holders
+    }
+
+    /// Has the driver stop the disk unless somebody has it open. Also when the wait is over it is asked, and given the time
+    /// to say so: an answer that did not come must not be taken for one.
+    fn try_stop(&self, wait: &Wait) -> Result<()> {
+        let id = self.info.id;
+        let least = Instant::now() + PATIENCE;
+        let until = Wait::until(wait.deadline().map_or(least, |deadline| deadline.max(least)));
+        let until = match wait.cancel_token() {
+            Some(token) => until.cancelled_by(token),
+            None => until,
+        };
+        match self.control.try_stop_dev(id, &until) {
+            // The first one, if it is with the driver, is in nobody's way.
+            Err(e) if e.kind() == ErrorKind::Cancelled => {
+                self.control.try_stop_dev(id, &Wait::for_(PATIENCE))
+            }
+            answer => answer,
+        }
+    }
+
+    /// Revokes what is out now. The disk goes on: it may turn out that somebody has it whom nothing shows.
+    fn revoke_outstanding(&self) {
+        for queue in self.queues() {
+            queue.worker.revoke_older(self.info.id, Duration::ZERO);
+        }
+    }
+
+    /// Revokes what is out until the look comes back: who looks for partitions reads on after an error, several times.
+    /// False if it does not.
+    fn revoke_until_seen(&self, probe: &mut Probe) -> bool {
+        const STEP: Duration = Duration::from_millis(10);
+        let deadline = Instant::now() + PATIENCE;
+        while Instant::now() < deadline {
+            let then = self.outstanding();
+            self.revoke_outstanding();
+            if probe.look(STEP) != Sight::Late {
+                return true;
+            }
+            if !self.wait_ended(&then, Instant::now() + HEARTBEAT) {
+                return false;
+            }
+        }
+        false
     }
 
     /// STOP, with what is stuck revoked at the deadline, and taken from its worker soon after.
@@ -248,11 +309,20 @@ impl Life {
         leftovers.push(format!("STOP of device {id} has not come back from the kernel"));
     }
 
-    /// Waits until what was revoked is answered, which takes workers no time that are not stuck in the backend.
-    fn wait_revoked(&self, deadline: Instant) -> bool {
+    /// The requests that are out now, of each queue.
+    fn outstanding(&self) -> Vec<Outstanding> {
+        self.queues().iter().map(|q| q.meter.outstanding()).collect()
+    }
+
+    /// Whether one of the requests that were out then still is.
+    fn still_out(&self, then: &[Outstanding]) -> bool {
+        self.queues().iter().zip(then).any(|(q, then)| q.meter.still_out(then))
+    }
+
+    /// Waits until requests that were revoked are answered, which takes workers no time that are not stuck in the backend.
+    fn wait_ended(&self, then: &[Outstanding], deadline: Instant) -> bool {
         const STEP: Duration = Duration::from_millis(2);
-        let then: Vec<_> = self.queues().iter().map(|q| q.meter.outstanding()).collect();
-        while self.queues().iter().zip(&then).any(|(q, then)| q.meter.still_out(then)) {
+        while self.still_out(then) {
             if Instant::now() >= deadline {
                 return false;
             }
@@ -380,7 +450,8 @@ impl Life {
         // Nobody uses the disk yet: what the backend still holds of the kernel's look at it need not be waited for.
         self.revoke();
         let mut patience = PATIENCE;
-        if !self.shared_workers && !self.wait_revoked(Instant::now() + HEARTBEAT) {
+        if !self.shared_workers && !self.wait_ended(&self.outstanding(), Instant::now() + HEARTBEAT)
+        {
             self.condemn(&mut leftovers);
             patience = HEARTBEAT;
         }

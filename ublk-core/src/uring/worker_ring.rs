@@ -146,12 +146,15 @@ impl WorkerRing {
         self.deferred
     }
 
-    /// Calls `f(user_data, result, flags)` for each completion that has arrived.
-    pub(crate) fn reap(&mut self, mut f: impl FnMut(u64, i32, u32)) {
+    /// Calls `f(user_data, result, flags)` for each completion that has arrived, and says how many those were.
+    pub(crate) fn reap(&mut self, mut f: impl FnMut(u64, i32, u32)) -> u32 {
+        let mut count = 0;
         for completion in self.ring.completion() {
             let completion: cqueue::Entry = completion;
             f(completion.user_data(), completion.result(), completion.flags());
+            count += 1;
         }
+        count
     }
 
     /// Whether the kernel lets go of a file as soon as it is out of the table and its commands have ended.

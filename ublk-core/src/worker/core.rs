@@ -112,6 +112,14 @@ const IDLE: Duration = Duration::from_secs(1);
 /// Places of the largest table of buffers that a ring takes (`IORING_MAX_REG_BUFFERS`).
 const MOST_BUFFERS: u32 = 1 << 14;
 
+/// While queues are punished for what takes long: a worker that was busy for longer asks what has come meanwhile before
+/// it sleeps.
+const SHORT: Duration = Duration::from_millis(100);
+
+/// Pieces of work that an enter does at most before it returns to a thread that defers them, once or twice
+/// (`IO_LOCAL_TW_DEFAULT_MAX`, since Linux 6.13).
+const PASS: u32 = 20;
+
 /// How often a submission that the kernel has no memory for is tried again.
 const SUBMIT_TRIES: u32 = 10_000;
 
@@ -133,7 +141,8 @@ pub(crate) struct Core {
     batched: u32,
     /// Queues whose driver punishes requests that take long.
     punished: u32,
-    /// While there are such: when completions were last collected, and how long before the last enter that was.
+    /// While there are such: when completions were last collected, which left none behind, and how long before the last
+    /// enter that was.
     reaped: Stamp,
     lag: Duration,
     files: Vec<bool>,
@@ -549,17 +558,18 @@ impl Core {
         !self.backlog.is_empty() || !self.parked.is_empty() || !self.settled.is_empty()
     }
 
-    /// Before an enter whose completions will be collected: what has come since the last time has waited for this long
-    /// at most, as it ends the enter at once; what comes during it has not waited.
-    pub(crate) fn note_lag(&mut self) {
+    /// Before an enter whose completions will be collected, all of which may have waited since the last were. Whether that
+    /// is so long that the enter must not sleep: what comes while it does has not waited at all.
+    pub(crate) fn note_lag(&mut self) -> bool {
         self.lag = match self.punished {
             0 => Duration::ZERO,
             _ => self.clock.now().since(self.reaped),
         };
+        self.lag > SHORT
     }
 
-    /// Collects what has completed.
-    pub(crate) fn reap(&mut self, harvest: &mut Harvest) {
+    /// Collects what has completed. Whether there may be more, which has waited as long, and which the next enter brings.
+    pub(crate) fn reap(&mut self, harvest: &mut Harvest) -> bool {
         harvest.wakers.append(&mut self.parked);
         let mut now = (self.punished > 0).then(|| self.clock.now());
         self.reaped = now.unwrap_or(self.reaped);
@@ -569,7 +579,7 @@ impl Core {
         let mut again = Vec::new();
         let mut tags = Vec::new();
         let mut hand_over = false;
-        ring.reap(|word, result, flags| match Token::decode(word) {
+        let collected = ring.reap(|word, result, flags| match Token::decode(word) {
             Some(Token::Command { key, tag }) => {
                 let Some(Some(queue)) = queues.get_mut(key as usize) else {
                     tracing::error!(key, tag, "a completion for a queue that is gone");
@@ -667,6 +677,7 @@ impl Core {
         if idle || !harvest.requests.is_empty() {
             self.look_after_memory(idle);
         }
+        self.punished > 0 && collected >= PASS
     }
 
     /// Gives the buffers' memory back once a queue was idle for a while. Only where completions arrive

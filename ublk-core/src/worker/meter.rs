@@ -97,6 +97,8 @@ pub(crate) struct Meter {
     pub(crate) rejected: Counter,
     /// Requests whose pages the ring would not take.
     pub(crate) unregistered: Counter,
+    /// Requests whose data is in shared memory.
+    pub(crate) shared: Counter,
     /// When the request of each tag arrived; 0 while the tag is with the kernel.
     started: Box<[AtomicU64]>,
     /// Where the driver punishes what takes long: the earliest that it can have begun to count, which is while the worker
@@ -116,6 +118,7 @@ impl Meter {
             refused: Counter::default(),
             rejected: Counter::default(),
             unregistered: Counter::default(),
+            shared: Counter::default(),
             started: stamps(depth),
             counted: stamps(if punished { depth } else { 0 }),
         }

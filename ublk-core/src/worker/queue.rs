@@ -338,6 +338,9 @@ impl Queue {
             return end(Errno::EIO);
         }
         slot.set_shared(shared.is_some());
+        if shared.is_some() {
+            self.start.meter.shared.add(1);
+        }
         Ok(Request::new(slot, op, &desc, shared))
     }
 

@@ -183,11 +183,11 @@ impl Worker {
                 let (mut core, mut entered) = (Some(core), Ok(()));
                 let mut enter = || {
                     let Some(mut core) = core.take() else { return };
-                    core.note_lag();
-                    entered = core.enter(u32::from(nothing_to_do));
+                    let waited = core.note_lag();
+                    entered = core.enter(u32::from(nothing_to_do && !waited));
                     mailbox.awake();
-                    if entered.is_ok() {
-                        core.reap(harvest);
+                    while entered.is_ok() && core.reap(harvest) {
+                        entered = core.enter(0);
                     }
                 };
                 if nothing_to_do {

@@ -28,6 +28,11 @@ pub(crate) fn patience() -> Duration {
     SOON.mul_f64((scale.unwrap_or(1.0) / 3.0).clamp(1.0, 20.0))
 }
 
+/// Longer than what is answered takes, and as short as can be for waiting it out.
+pub(crate) fn impatience() -> Duration {
+    patience() / 60
+}
+
 /// Waits until something holds.
 pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + patience();
@@ -54,6 +59,15 @@ pub(crate) fn bounded<T: Send + 'static>(
         Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => panic!("{what}: panicked"),
         Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("{what}: not in time"),
     }
+}
+
+/// Has this thread run on one CPU only.
+pub(crate) fn pin(cpu: u32) {
+    let mut mask = [0u64; 16];
+    mask[cpu as usize / 64] |= 1 << (cpu % 64);
+    // SAFETY: the pointer is to `size_of_val(&mask)` readable bytes.
+    let pinned = unsafe { libc::sched_setaffinity(0, size_of_val(&mask), mask.as_ptr().cast()) };
+    assert_eq!(pinned, 0);
 }
 
 /// Memory for direct I/O.

@@ -18,12 +18,20 @@ pub(crate) struct Style {
     pub(crate) fetch: u32,
     pub(crate) commit: u32,
     pub(crate) len: u32,
+    /// Whether the driver is told the tags' buffers: it wants none where it does not copy.
+    pub(crate) addresses: bool,
     pub(crate) user_data: fn(u16) -> u64,
 }
 
 impl Default for Style {
     fn default() -> Self {
-        Style { fetch: 0xC010_7520, commit: 0xC010_7521, len: 0, user_data: u64::from }
+        Style {
+            fetch: 0xC010_7520,
+            commit: 0xC010_7521,
+            len: 0,
+            addresses: true,
+            user_data: u64::from,
+        }
     }
 }
 
@@ -45,6 +53,18 @@ impl Raw {
         let info = control.add_dev(&AddDevice { features, ..AddDevice::new(params) }).unwrap();
         let params = params.to_builder().queues(info.queues).build().unwrap();
         control.set_params(info.id, &params).unwrap();
+        Self::open(control, info)
+    }
+
+    /// Another server's device, whose recovery begins.
+    pub(crate) fn take_over(id: u32) -> Self {
+        let control = Control::open().unwrap();
+        eventually("the recovery begins", || control.start_user_recovery(id).is_ok());
+        let info = control.get_dev_info(id).unwrap();
+        Self::open(control, info)
+    }
+
+    fn open(control: Control, info: DeviceInfo) -> Self {
         let path = format!("/dev/ublkc{}", info.id);
         let mut file = None;
         eventually("the node opens", || {
@@ -131,7 +151,7 @@ pub(crate) struct Queue {
     pub(crate) style: Style,
     fd: i32,
     number: u16,
-    depth: u16,
+    pub(crate) depth: u16,
     descriptors: Mapping,
     pub(crate) buffers: Vec<Aligned>,
     /// Results with which the tags came home.
@@ -167,7 +187,10 @@ impl Queue {
         sqe[48..50].copy_from_slice(&self.number.to_ne_bytes());
         sqe[50..52].copy_from_slice(&tag.to_ne_bytes());
         sqe[52..56].copy_from_slice(&result.to_ne_bytes());
-        let address = self.buffers[usize::from(tag)].as_ptr() as u64;
+        let address = match self.style.addresses {
+            true => self.buffers[usize::from(tag)].as_ptr() as u64,
+            false => 0,
+        };
         sqe[56..64].copy_from_slice(&address.to_ne_bytes());
         // SAFETY: an entry is the kernel's 64-byte struct of integers, and any bytes are one.
         unsafe { std::mem::transmute::<[u8; 64], squeue::Entry>(sqe) }

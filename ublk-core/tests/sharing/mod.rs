@@ -1,4 +1,5 @@
 //! Clients with mappings of shared memory, and disks that count the requests which lie in it.
+#![allow(dead_code, reason = "no suite uses all of it")]
 
 use std::fs::File;
 use std::io;

@@ -41,8 +41,8 @@ class Changes(Told):
         """Gives the disk to the next server, which takes it over by `recover`: under its users, a mounted file system
         for instance, and without a failed request. Takes ``recovery="wait"`` or ``"reissue"``, and Linux 6.16.
 
-        Memory that is shared with clients is shared no more, so that the next server can do that. That may have happened
-        also if the handover then fails: clients' data is copied until it is shared again.
+        Memory that is shared with clients is shared no more, so that the next server can do that. That may have
+        happened also if the handover then fails: clients' data is copied until it is shared again.
 
         Raises:
             OSError: The device or the kernel cannot do that; a note says what is missing.

@@ -229,6 +229,8 @@ class QueueStats:
     """Commands that the kernel did not accept. Anything but 0 is a defect of this package."""
     unregistered: int = 0
     """Requests whose pages could not be used in place, so that their data was copied."""
+    shared: int = 0
+    """Requests whose data lay in memory that clients share (``Device.share``)."""
 
 
 @dataclass(frozen=True, slots=True)

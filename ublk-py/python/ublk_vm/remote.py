@@ -339,7 +339,9 @@ def _conclude(session: pytest.Session, run: Running) -> None:
         )
     told = run.failed or run.collect_errors
     if run.code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) and not told:
-        pytest.exit(f"the pytest on Linux {run.label} ended with {run.code}, and no test has failed", returncode=run.code)
+        pytest.exit(
+            f"the pytest on Linux {run.label} ended with {run.code}, and no test has failed", returncode=run.code
+        )
 
 
 def _keep(path: Path, text: str) -> None:
