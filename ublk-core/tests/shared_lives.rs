@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use disk::kernel::lacks;
-use disk::{Client, SOON, Server, bounded, eventually, no_devices};
+use disk::{Client, SOON, Server, bounded, eventually, impatience, no_devices};
 use sharing::{Counted, MIB, Mapping, Store, counting, exercise, pattern};
 use ublk_core::control::{Control, ControlCommand, ControlOptions, DeviceState, Features, Wait};
 use ublk_core::targets::Null;
@@ -355,7 +355,7 @@ fn a_disk_is_not_handed_over_while_the_driver_waits_for_its_requests() {
         MIB.. => theirs.lock().unwrap().push(request),
         _ => request.complete(Ok::<(), Errno>(())).unwrap(),
     };
-    let control = ControlOptions::new().patience(Duration::from_millis(500)).open().unwrap();
+    let control = ControlOptions::new().patience(impatience()).open().unwrap();
     let mut disk = Builder::with_handlers(4 * MIB, Capabilities::NONE, move |_| handler.clone())
         .require(Features::SHMEM_ZC | Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE)
         .forbid(Features::QUIESCE)
@@ -392,6 +392,9 @@ fn a_disk_is_not_handed_over_while_the_driver_waits_for_its_requests() {
             answer(first);
             eventually("the driver is asked, or not", || is_asked() || sharing.is_finished());
             if is_asked() {
+                let e = disk.unshare(0).unwrap_err();
+                assert_eq!(e.kind(), ErrorKind::TimedOut, "{e}");
+                assert!(e.to_string().contains("the driver was not asked"), "{e}");
                 assert_eq!(sharing.join().unwrap().kind(), ErrorKind::TimedOut);
                 return second;
             }
@@ -400,9 +403,6 @@ fn a_disk_is_not_handed_over_while_the_driver_waits_for_its_requests() {
             assert!(sharing.join().unwrap().to_string().contains("was not asked"));
         }
     });
-    let e = disk.unshare(0).unwrap_err();
-    assert_eq!(e.kind(), ErrorKind::TimedOut, "{e}");
-    assert!(e.to_string().contains("the driver was not asked"), "{e}");
     let failed = disk.hand_over(Duration::ZERO).unwrap_err();
     assert_eq!(failed.error.kind(), ErrorKind::TimedOut, "{}", failed.error);
     assert!(failed.error.to_string().contains("this server goes on"), "{}", failed.error);
