@@ -1195,7 +1195,7 @@ int ublk_rs_device_stop_force(ublk_rs_device *device,
 
 /**
  * Stops the disk when nobody uses it and keeps the device: options can be set again, and ublk_rs_device_start() gives
- * it another disk with the same number (since Linux 7.3).
+ * it another disk with the same number (since Linux 7.3). ublk_rs_device_stop() deletes it.
  *
  * Waits, as ublk_rs_device_stop(). Not from a callback.
  *
@@ -1212,6 +1212,9 @@ int ublk_rs_device_halt(ublk_rs_device *device,
  * Gives the disk to the next server, which takes it by ublk_rs_device_recover(): under its users, without a failed
  * request. It must have been started with UBLK_RS_FEATURE_USER_RECOVERY.
  *
+ * Memory that was shared with clients is shared no more, so that the next server can do that. That may have happened also
+ * if the handover then fails: clients' data is copied until it is shared again.
+ *
  * Waits: for what this program has not answered. Not from a callback.
  *
  * @param device      the device
@@ -1224,7 +1227,8 @@ int ublk_rs_device_hand_over(ublk_rs_device *device,
                              ublk_rs_error *error);
 
 /**
- * Gives a running disk another size (since Linux 6.16). The backend serves the larger of both meanwhile.
+ * Gives a running disk another size (since Linux 6.16). The backend serves the larger of both meanwhile. Of the ready-made
+ * ones "mem" keeps the bytes that it was made with: what a larger disk has behind them is EINVAL for clients.
  *
  * Waits: for the kernel, a moment. Not from a callback.
  *
@@ -1233,7 +1237,9 @@ int ublk_rs_device_hand_over(ublk_rs_device *device,
  * @param error   NULL, or where to say what went wrong
  * @return 0; -EOPNOTSUPP, -EINVAL, -EBADFD, -EDEADLK
  */
-int ublk_rs_device_resize(ublk_rs_device *device, uint64_t size, ublk_rs_error *error);
+int ublk_rs_device_resize(ublk_rs_device *device,
+                          uint64_t size,
+                          ublk_rs_error *error);
 
 /**
  * Has requests whose data lies in a memory file travel without a copy (since Linux 7.1, with
@@ -1276,7 +1282,8 @@ int ublk_rs_device_unshare(ublk_rs_device *device,
 
 /**
  * The descriptor to watch for readability, of a device with the option dispatch: while it is readable,
- * ublk_rs_device_dispatch() has something to do. It belongs to the device and must not be read or closed.
+ * ublk_rs_device_dispatch() has something to do. It belongs to the device and must not be read or closed. Who watches for
+ * its edges (EPOLLET) dispatches until that returns 0.
  *
  * Never blocks. Any thread, once the device was started.
  *
@@ -1293,7 +1300,8 @@ int ublk_rs_device_fd(const ublk_rs_device *device);
  * on calling the backend while it waits.
  *
  * @param device  the device
- * @param most    how many requests at most; 0 for all that are there
+ * @param most    how many requests at most; 0 for all that are there now. Those that come meanwhile have the next call,
+ *                for which the descriptor is readable
  * @return how many it were; -ENODEV once the device has ended and nothing will come any more, -EINVAL for NULL, -EBADFD
  *         without the option or before the start, -EDEADLK from inside of a callback, -ECHILD
  */
@@ -1301,7 +1309,8 @@ int ublk_rs_device_dispatch(ublk_rs_device *device,
                             uint32_t most);
 
 /**
- * The disk: "/dev/ublkbN"; NULL before the device was started. The string lives until the device is freed.
+ * The disk: "/dev/ublkbN"; NULL before the device was started. The string lives until the device is freed; a device that
+ * was halted may have another number after its next start.
  *
  * Never blocks. Any thread.
  */
@@ -1598,8 +1607,9 @@ int ublk_rs_control_delete(const ublk_rs_control *control,
                            ublk_rs_error *error);
 
 /**
- * Takes a live device from its server, whoever that is, for another to recover it: UBLK_RS_FEATURE_QUIESCE (since Linux
- * 6.16).
+ * Takes a live disk from its server, whoever that is, for another to recover it (UBLK_RS_FEATURE_QUIESCE, since Linux
+ * 6.16): new requests wait until then, those that the server has are waited for. A server that is to give its disk away by
+ * itself has ublk_rs_device_hand_over(). A disk that is quiesced already is what was asked for.
  *
  * Waits. Not from a callback.
  *
@@ -1607,8 +1617,9 @@ int ublk_rs_control_delete(const ublk_rs_control *control,
  * @param id          the device's number
  * @param timeout_ms  for how long at most; UBLK_RS_FOREVER
  * @param error       NULL, or where to say what went wrong
- * @return 0; -ENODEV, -EBUSY if requests stay with the server, -EBADFD without a disk, -EOPNOTSUPP without the feature,
- *         -ETIMEDOUT, -EINVAL, -EDEADLK
+ * @return 0 once the server has let go of it; -ETIMEDOUT if it has not: new requests wait all the same, and this has to be
+ *         called again; -EBADFD without a disk, or if somebody stopped it meanwhile, -EOPNOTSUPP without the feature and
+ *         with UBLK_RS_FEATURE_BATCH_IO, -ENODEV, -EINVAL, -EDEADLK
  */
 int ublk_rs_control_quiesce(const ublk_rs_control *control,
                             uint32_t id,
