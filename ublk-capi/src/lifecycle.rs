@@ -449,7 +449,8 @@ pub unsafe extern "C" fn ublk_rs_device_resize(
 /// @param number     the memory's number with this device, for ublk_rs_device_unshare()
 /// @param error      NULL, or where to say what went wrong
 /// @return 0; -EOPNOTSUPP without the feature, -EINVAL without the seal or for another file, -EEXIST if a part of it is
-///         shared, -ETIMEDOUT if the backend does not answer the requests that it has, -EBADFD, -EDEADLK
+///         shared, -ETIMEDOUT if the backend does not answer the requests that it has, or the driver a former call,
+///         -EBADFD, -EDEADLK
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ublk_rs_device_share(
     device: *mut ublk_rs_device,
@@ -489,7 +490,8 @@ pub unsafe extern "C" fn ublk_rs_device_share(
 /// @param device  the device
 /// @param number  what ublk_rs_device_share() has stored
 /// @param error   NULL, or where to say what went wrong
-/// @return 0; -ENOENT if there is none, -ETIMEDOUT as of ublk_rs_device_share(), -EBADFD, -EDEADLK
+/// @return 0; -ENOENT if there is none, -ETIMEDOUT as of ublk_rs_device_share(), or if the driver does not answer, which
+///         then goes on with it, -EBADFD, -EDEADLK
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ublk_rs_device_unshare(
     device: *mut ublk_rs_device,

@@ -7,11 +7,12 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
+use disk::kernel::lacks;
 use disk::{Client, Ram, SOON, bounded, devices, no_devices};
-use ublk_core::control::{Control, Wait};
+use ublk_core::control::{Control, Features, Wait};
 use ublk_core::{
     Builder, Capabilities, DataPath, Device, Errno, ErrorKind, QueueContext, Request, Running,
-    Workers,
+    SharedBuffer, Workers,
 };
 
 const MIB: u64 = 1 << 20;
@@ -281,6 +282,27 @@ fn a_child_makes_disks_of_its_own() {
     assert_eq!(child.status(), 0);
     works(&disk);
     disk.stop(SOON).unwrap();
+    no_devices();
+}
+
+#[test]
+fn a_child_shares_memory_that_it_has_mapped_itself() {
+    if lacks(Features::SHMEM_ZC) {
+        return;
+    }
+    let buffer = SharedBuffer::new(65536).unwrap();
+    let child = forked(|| {
+        let own = Builder::new(MIB, Ram::new(1 << 20)).require(Features::SHMEM_ZC).start().unwrap();
+        let refused = own.share(&buffer).unwrap_err();
+        let file = buffer.as_file().try_clone_to_owned().unwrap();
+        let anew = SharedBuffer::from_memfd(file, false).unwrap();
+        let ok = refused.kind() == ErrorKind::Forked
+            && refused.to_string().contains("from_memfd")
+            && own.share(&anew).is_ok_and(|number| number == 0)
+            && own.stop(SOON).is_ok();
+        i32::from(!ok)
+    });
+    assert_eq!(child.status(), 0);
     no_devices();
 }
 

@@ -6,15 +6,20 @@ mod sharing;
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use disk::kernel::lacks;
 use disk::{Client, SOON, Server, bounded, eventually, no_devices};
 use sharing::{Counted, MIB, Mapping, Store, counting, exercise, pattern};
-use ublk_core::control::{Control, Features, Wait};
+use ublk_core::control::{Control, ControlCommand, ControlOptions, DeviceState, Features, Wait};
 use ublk_core::targets::Null;
-use ublk_core::{Builder, DataPath, ErrorKind, SharedBuffer};
+use ublk_core::uapi::ublk_shmem_buf_reg;
+use ublk_core::{
+    Builder, Capabilities, DataPath, Device, Errno, ErrorKind, QueueContext, Request, SharedBuffer,
+};
 
 #[test]
 fn a_disk_that_was_halted_shares_anew() {
@@ -42,13 +47,17 @@ fn a_disk_that_was_halted_shares_anew() {
     no_devices();
 }
 
-/// A server's disk: a mode of recovery and, behind a `+` each, a data path and `batch`.
+/// A server's disk: a mode of recovery and, behind a `+` each, a data path, `batch` and `slow`.
 fn recoverable(way: &str, store: &str, shared: &Arc<AtomicU64>) -> Builder {
-    let mut builder = Counted::builder(store, shared).queue_depth(16).start_timeout(SOON);
+    let time = Duration::from_millis(if way.contains("slow") { 20 } else { 0 });
+    let builder = Counted::builder(store, shared, time);
+    let mut builder = builder.queue_depth(16).start_timeout(SOON);
     for word in way.split('+') {
         builder = match word {
             "quiesce" => builder.require(Features::USER_RECOVERY),
             "reissue" => builder.require(Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE),
+            "fail-io" => builder.require(Features::USER_RECOVERY | Features::USER_RECOVERY_FAIL_IO),
+            "slow" => builder,
             "batch" => builder.require(Features::BATCH_IO),
             path => builder.data_path(path.parse().unwrap()),
         };
@@ -76,6 +85,7 @@ fn server_process() {
     disk::say(&format!("ready {}", disk.id()));
     let file = OpenOptions::new().read(true).write(true).open(file).unwrap();
     let buffer = SharedBuffer::from_memfd(file.into(), false).unwrap();
+    let mut others = Vec::new();
     loop {
         match disk::order() {
             'r' => {
@@ -91,9 +101,11 @@ fn server_process() {
                 disk.unshare(0).unwrap();
                 disk::say("unshared");
             }
+            't' => others = begin_to_tidy_up(&disk),
             'n' => disk::say(&format!("seen {}", shared.load(Ordering::SeqCst))),
             'h' => {
                 disk.hand_over(SOON).unwrap();
+                others.into_iter().for_each(|other| other.join().unwrap());
                 disk::say("handed over");
                 disk::idle();
             }
@@ -102,15 +114,40 @@ fn server_process() {
     }
 }
 
+/// Has many begin to ask the driver for the end of what nobody shares, for which it has the disk stand still all the same.
+fn begin_to_tidy_up(disk: &Device) -> Vec<JoinHandle<()>> {
+    const MANY: usize = 8;
+    let begun = Arc::new(Barrier::new(MANY + 1));
+    let tidy_up = || {
+        let (disk, begun) = (disk.clone(), Arc::clone(&begun));
+        std::thread::spawn(move || {
+            begun.wait();
+            let e = disk.unshare(7).unwrap_err();
+            let in_time = e.errno() == Some(Errno::ENOENT);
+            assert!(in_time || e.kind() == ErrorKind::WrongState, "{e}");
+        })
+    };
+    let threads = std::iter::repeat_with(tidy_up).take(MANY).collect();
+    begun.wait();
+    // Requests take longer, for which they wait.
+    std::thread::sleep(Duration::from_millis(5));
+    threads
+}
+
 /// A client that does direct I/O in its mapping of a buffer, until it is dropped.
 struct Busy {
     ended: Arc<AtomicBool>,
     done: Arc<AtomicU64>,
-    thread: Option<std::thread::JoinHandle<()>>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Busy {
     fn start(path: &Path, buffer: &SharedBuffer) -> Self {
+        Self::one_of_many(0, path, buffer)
+    }
+
+    /// Up to a dozen do not get into each other's way.
+    fn one_of_many(number: usize, path: &Path, buffer: &SharedBuffer) -> Self {
         let (client, mapping) = (Client::open(path), Mapping::of(buffer));
         let (ended, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (end, count) = (Arc::clone(&ended), Arc::clone(&done));
@@ -119,7 +156,8 @@ impl Busy {
                 if end.load(Ordering::Relaxed) {
                     return;
                 }
-                let (at, offset) = (round % 7 * 8192, round as u64 % 11 * 16384);
+                let at = number * 65536 + round % 7 * 8192;
+                let offset = number as u64 * 262_144 + round as u64 % 11 * 16384;
                 let data = pattern(8192, round as u8);
                 mapping.put(at, &data);
                 mapping.write(&client, at, 8192, offset);
@@ -134,9 +172,9 @@ impl Busy {
 
     fn gets_on(&self) {
         let before = self.done.load(Ordering::Relaxed);
-        let ended = || self.thread.as_ref().is_some_and(std::thread::JoinHandle::is_finished);
+        let ended = || self.thread.as_ref().is_some_and(JoinHandle::is_finished);
         eventually("the client gets on", || {
-            self.done.load(Ordering::Relaxed) > before + 10 || ended()
+            self.done.load(Ordering::Relaxed) > before + 3 || ended()
         });
         assert!(!ended(), "the client has failed");
     }
@@ -197,6 +235,22 @@ fn file_of(buffer: &SharedBuffer) -> String {
     format!("/proc/{}/fd/{}", std::process::id(), buffer.as_file().as_raw_fd())
 }
 
+/// Without a server the driver would wait for its next one, and that one for the driver.
+fn refuses_without_a_server(id: u32, state: DeviceState, buffer: &SharedBuffer) {
+    let control = Control::open().unwrap();
+    eventually("its end is noticed", || control.get_dev_info(id).unwrap().state == state);
+    let mapping = Mapping::of(buffer);
+    let addr = mapping.start.as_ptr() as u64;
+    let memory = ublk_shmem_buf_reg { addr, len: MIB, ..Default::default() };
+    // SAFETY: mapped, and nobody has a slice of it.
+    let registered = unsafe { control.reg_buf(id, &memory) };
+    for e in [control.unreg_buf(id, 0).unwrap_err(), registered.unwrap_err()] {
+        assert_eq!(e.kind(), ErrorKind::WrongState, "{e}");
+        assert!(e.to_string().contains("recover the device first"), "{e}");
+    }
+    assert!(control.outstanding().is_empty());
+}
+
 #[test]
 fn clients_in_shared_memory_notice_nothing_of_a_killed_server() {
     if lacks(Features::SHMEM_ZC) {
@@ -216,6 +270,7 @@ fn clients_in_shared_memory_notice_nothing_of_a_killed_server() {
             disk.ask(b'r', "requests in it");
             disk.server.kill();
             disk.server.wait();
+            refuses_without_a_server(disk.id, DeviceState::Quiesced, &disk.buffer);
             disk.next();
             client.gets_on();
             // The driver knows the memory still; its server does not.
@@ -254,6 +309,111 @@ fn clients_in_shared_memory_notice_nothing_of_a_handover() {
         drop(disk);
         no_devices();
     }
+}
+
+#[test]
+fn who_tidies_up_meanwhile_does_not_keep_a_disk_from_its_next_server() {
+    if lacks(Features::SHMEM_ZC) {
+        return;
+    }
+    let mut disk = Succession::start("reissue+zero-copy+batch+slow");
+    assert_eq!(disk.ask(b's', "shared"), "0");
+    let clients = [0, 1, 2].map(|number| Busy::one_of_many(number, &disk.path(), &disk.buffer));
+    clients.iter().for_each(Busy::gets_on);
+    disk.server.order(b't');
+    disk.ask(b'h', "handed over");
+    let former = disk.next();
+    clients.iter().for_each(Busy::gets_on);
+    drop(former);
+    clients.into_iter().for_each(Busy::end);
+    assert_eq!(disk.ask(b's', "shared"), "0", "the driver has forgotten it");
+    drop(disk);
+    no_devices();
+}
+
+#[test]
+fn a_disk_whose_io_fails_without_a_server_has_nobody_to_share_with_either() {
+    if lacks(Features::SHMEM_ZC) {
+        return;
+    }
+    let mut disk = Succession::start("fail-io+user-copy");
+    disk.server.kill();
+    disk.server.wait();
+    refuses_without_a_server(disk.id, DeviceState::FailIo, &disk.buffer);
+    drop(disk);
+    no_devices();
+}
+
+#[test]
+fn a_disk_is_not_handed_over_while_the_driver_waits_for_its_requests() {
+    if lacks(Features::SHMEM_ZC) {
+        return;
+    }
+    let held = Arc::new(Mutex::new(Vec::<Request>::new()));
+    let theirs = Arc::clone(&held);
+    let handler = move |request: Request, _: &mut QueueContext<'_>| match request.offset() {
+        MIB.. => theirs.lock().unwrap().push(request),
+        _ => request.complete(Ok::<(), Errno>(())).unwrap(),
+    };
+    let control = ControlOptions::new().patience(Duration::from_millis(500)).open().unwrap();
+    let mut disk = Builder::with_handlers(4 * MIB, Capabilities::NONE, move |_| handler.clone())
+        .require(Features::SHMEM_ZC | Features::USER_RECOVERY | Features::USER_RECOVERY_REISSUE)
+        .forbid(Features::QUIESCE)
+        .prefer(Features::NO_AUTO_PART_SCAN)
+        .add(&control)
+        .unwrap()
+        .start()
+        .unwrap();
+    let (id, path) = (disk.id(), disk.path().to_owned());
+    let read = || {
+        let (path, before) = (path.clone(), held.lock().unwrap().len());
+        let client = std::thread::spawn(move || Client::reader(&path).read_errno(MIB, 4096));
+        eventually("it is held", || held.lock().unwrap().len() > before);
+        client
+    };
+    let answer = |client: JoinHandle<i32>| {
+        held.lock().unwrap().remove(0).complete(Ok::<(), Errno>(())).unwrap();
+        assert_eq!(bounded("the client", move || client.join().unwrap()), 0);
+    };
+    let is_asked = || control.outstanding().iter().any(|o| o.command == ControlCommand::RegBuf);
+    let buffer = SharedBuffer::new(MIB).unwrap();
+    // Whoever shares waits for what is out when he comes, and the driver for what has come since.
+    let late = std::thread::scope(|scope| {
+        loop {
+            let first = read();
+            let (comes, has_come) = mpsc::channel();
+            let (device, buffer) = (disk.handle(), &buffer);
+            let sharing = scope.spawn(move || {
+                comes.send(()).unwrap();
+                device.share(buffer).unwrap_err()
+            });
+            has_come.recv().unwrap();
+            let second = read();
+            answer(first);
+            eventually("the driver is asked, or not", || is_asked() || sharing.is_finished());
+            if is_asked() {
+                assert_eq!(sharing.join().unwrap().kind(), ErrorKind::TimedOut);
+                return second;
+            }
+            // It came too early, and was waited for.
+            answer(second);
+            assert!(sharing.join().unwrap().to_string().contains("was not asked"));
+        }
+    });
+    let e = disk.unshare(0).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::TimedOut, "{e}");
+    assert!(e.to_string().contains("the driver was not asked"), "{e}");
+    let failed = disk.hand_over(Duration::ZERO).unwrap_err();
+    assert_eq!(failed.error.kind(), ErrorKind::TimedOut, "{}", failed.error);
+    assert!(failed.error.to_string().contains("this server goes on"), "{}", failed.error);
+    disk = failed.device;
+    answer(late);
+    eventually("it is undone", || control.outstanding().is_empty());
+    assert_eq!(disk.share(&buffer).unwrap(), 0);
+    disk.hand_over(SOON).unwrap();
+    refuses_without_a_server(id, DeviceState::Quiesced, &buffer);
+    control.delete(id, &Wait::for_(SOON)).unwrap();
+    no_devices();
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use disk::kernel::{lacks, offered, refused};
 use disk::{Aligned, Client, SOON, bounded, eventually, impatience, no_devices};
@@ -59,7 +60,7 @@ fn a_file_moves_data_between_itself_and_shared_memory() {
     let store = Store::new("shmem");
     for (path, features) in every_way() {
         let shared = Arc::new(AtomicU64::new(0));
-        let disk = Counted::builder(&store.0, &shared).data_path(path);
+        let disk = Counted::builder(&store.0, &shared, Duration::ZERO).data_path(path);
         let disk = disk.require(Features::SHMEM_ZC | features).start().unwrap();
         let buffers = [SharedBuffer::new(MIB).unwrap(), SharedBuffer::new(MIB).unwrap()];
         for buffer in &buffers {

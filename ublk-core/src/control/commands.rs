@@ -508,6 +508,10 @@ impl Control {
     ///
     /// A registration that comes to be after its deadline is undone.
     ///
+    /// The driver waits for the requests that are out, and keeps the device from every other command meanwhile. If the
+    /// server goes in that time, they have nobody left who could answer them, and the device is lost until the machine
+    /// starts again: make sure of the server. [`Device::share`](crate::Device::share) does.
+    ///
     /// # Safety
     ///
     /// `buffer` names memory that stays mapped until it is unregistered or the device is gone, and
@@ -518,8 +522,9 @@ impl Control {
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for memory that
     /// is not whole pages, of at most 4 GiB in all, and for flags other than
-    /// [`UBLK_SHMEM_BUF_READ_ONLY`](crate::uapi::UBLK_SHMEM_BUF_READ_ONLY), [`ErrorKind::Io`] with `EEXIST` if a part of
-    /// it is registered already.
+    /// [`UBLK_SHMEM_BUF_READ_ONLY`](crate::uapi::UBLK_SHMEM_BUF_READ_ONLY), [`ErrorKind::WrongState`] if the device's
+    /// server is gone, and until another has recovered it, [`ErrorKind::Io`] with `EEXIST` if a part of the memory is
+    /// registered already.
     pub unsafe fn reg_buf(&self, id: u32, buffer: &ublk_shmem_buf_reg) -> Result<u32> {
         struct Nobody;
         impl Registrar for Nobody {
@@ -543,6 +548,7 @@ impl Control {
         registrar: impl Registrar + 'static,
     ) -> Result<u32> {
         rules::shareable(id, buffer)?;
+        self.check_served(C::RegBuf, id)?;
         let registrar = Arc::new(registrar);
         let theirs = Arc::clone(&registrar);
         let call = Call::new(C::RegBuf, id).payload(bytes_of(buffer));
@@ -557,12 +563,12 @@ impl Control {
     }
 
     /// UNREG_BUF: ends the sharing of the buffer with this index. Freezes the disk as
-    /// [`reg_buf`](Self::reg_buf) does.
+    /// [`reg_buf`](Self::reg_buf) does, with the same danger.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Unsupported`] without SHMEM_ZC, [`ErrorKind::InvalidParameter`] for an index above 65,535,
-    /// [`ErrorKind::Io`] with `ENOENT` for an unknown one.
+    /// [`ErrorKind::WrongState`] if the device's server is gone, [`ErrorKind::Io`] with `ENOENT` for an unknown index.
     pub fn unreg_buf(&self, id: u32, index: u32) -> Result<()> {
         self.unreg_buf_for(id, index, &Wait::for_(self.0.patience), || {})
     }
@@ -576,8 +582,14 @@ impl Control {
         unregistered: impl FnOnce() + Send + 'static,
     ) -> Result<()> {
         rules::index(id, index)?;
+        self.check_served(C::UnregBuf, id)?;
         let call = Call::new(C::UnregBuf, id).data(index.into()).heard(|_| unregistered());
         self.0.call_device(call, wait).map(drop)
+    }
+
+    fn check_served(&self, command: C, id: u32) -> Result<()> {
+        // What cannot be asked for is left to the driver to refuse.
+        self.get_raw_info(id).map_or(Ok(()), |info| rules::served(command, &info))
     }
 
     /// How long commands without a [`Wait`] are waited for.

@@ -203,6 +203,23 @@ pub(super) fn index(id: u32, index: u32) -> Result<()> {
     Err(broken(C::UnregBuf, id, ErrorKind::InvalidParameter, cause))
 }
 
+/// The driver waits for all requests before it takes memory or forgets it, with the device's lock held, without which no
+/// server comes. A server that is on its way has not all of them either while the state is still this one.
+pub(super) fn served(command: C, info: &ublksrv_ctrl_dev_info) -> Result<()> {
+    let known = Features::from_bits(info.flags).contains(Features::SHMEM_ZC);
+    match DeviceState::from_raw(info.state) {
+        DeviceState::Quiesced | DeviceState::FailIo if known => Err(broken(
+            command,
+            info.dev_id,
+            ErrorKind::WrongState,
+            "its server is gone: the driver would wait for requests that only the next one answers, and keep that one \
+             out meanwhile",
+        )
+        .remedy_is("recover the device first (Builder::recover), or delete it")),
+        _ => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,5 +257,23 @@ mod tests {
         let e = settable(&params(0), &device(Features::ZONED), all).unwrap_err();
         assert!(e.to_string().contains("say nothing of its zones"), "{e}");
         assert!(settable(&params(0), &device(Features::INTEGRITY), all).is_ok());
+    }
+
+    #[test]
+    fn memory_is_for_a_device_with_a_server_where_the_driver_knows_it() {
+        let device = |state, features: Features| ublksrv_ctrl_dev_info {
+            state,
+            flags: features.bits(),
+            ..Default::default()
+        };
+        let (knows, plain) = (Features::SHMEM_ZC, Features::NONE);
+        for state in [uapi::UBLK_S_DEV_DEAD, uapi::UBLK_S_DEV_LIVE] {
+            assert!(served(C::UnregBuf, &device(state, knows)).is_ok());
+        }
+        for state in [uapi::UBLK_S_DEV_QUIESCED, uapi::UBLK_S_DEV_FAIL_IO] {
+            let e = served(C::UnregBuf, &device(state, knows)).unwrap_err();
+            assert_eq!(e.kind(), ErrorKind::WrongState);
+            assert!(served(C::UnregBuf, &device(state, plain)).is_ok(), "it has another answer");
+        }
     }
 }

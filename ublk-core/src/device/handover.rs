@@ -22,6 +22,8 @@ use crate::sys::clock::Stamp;
 const ATTEMPT: &str = "hand the device over";
 /// How long tags have to come home after a QUIESCE before requests in progress are looked at.
 const HOMEWARD: Duration = Duration::from_millis(20);
+/// How long one who is about to ask the driver has, to see that the device is going, where the caller has no time.
+const A_MOMENT: Duration = Duration::from_millis(500);
 /// A request's end is no event, nor is the driver's having noticed that a server is gone.
 const STEP: Duration = Duration::from_millis(2);
 
@@ -104,7 +106,7 @@ impl Life {
             }
             failure = self.failure();
             unanswered = self.requests_out();
-        } else if let Err(error) = self.unshare_before_reissue() {
+        } else if let Err(error) = self.unshare_before_reissue(deadline) {
             self.resume();
             return Err(error);
         }
@@ -171,10 +173,19 @@ impl Life {
     }
 
     /// What a backend has that does not answer goes to the next server, and with it the memory, of which that one
-    /// knows nothing and need not. But once the driver was asked to forget it, it has to come back from that before the
-    /// device is closed: it waits for requests, with the device's lock held.
-    fn unshare_before_reissue(&self) -> Result<()> {
-        if self.shared.is_empty() {
+    /// knows nothing and need not. But once the driver was asked about memory, it has to come back from that before the
+    /// device is closed: it waits for requests, with the device's lock held, without which no server gets any.
+    fn unshare_before_reissue(&self, deadline: Instant) -> Result<()> {
+        let soon = Instant::now() + PATIENCE;
+        // Somebody else's turn; from now on there is no other.
+        if !self.shared.wait_settled(deadline.min(soon).max(Instant::now() + A_MOMENT)) {
+            return Err(self.refuse(
+                ErrorKind::TimedOut,
+                "the driver was asked about memory that clients share, and waits for requests that the backend has not \
+                 answered; this server goes on with the disk",
+            ));
+        }
+        if self.shared.numbers().is_empty() {
             return Ok(());
         }
         let soon = Instant::now() + PATIENCE;

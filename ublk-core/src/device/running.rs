@@ -315,7 +315,9 @@ impl Running {
     /// * [`ErrorKind::Unsupported`] names the feature that is missing and the kernel that brought it;
     ///   [`ErrorKind::WrongState`] if it is ending. This server goes on.
     /// * [`ErrorKind::TimedOut`] if the backend does not answer in time what it had at the call: this server goes
-    ///   on. If it stops answering later than that, the disk is given away all the same, because nothing takes a
+    ///   on. So it does without `QUIESCE` while the driver has not come back from a [`share`](Device::share) or
+    ///   [`unshare`](Device::unshare), whose caller may have given up: it waits for requests that nobody would answer.
+    ///   If the backend stops answering later than that, the disk is given away all the same, because nothing takes a
     ///   QUIESCE back: [`Device::ending`] is [`Ending::HandedOver`], and the message says what has become of the
     ///   requests.
     pub fn hand_over(mut self, within: Duration) -> Result<(), StopFailed> {

@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::life::{Life, Phase};
+use super::life::{Life, Phase, State, from_now};
 use super::running::Device;
 use crate::control::{Features, Wait};
 use crate::error::{Errno, Error, ErrorKind, Result};
@@ -12,6 +12,7 @@ use crate::sys::memory::page_size;
 use crate::sys::shared_memory::{self, MOST, SharedMap};
 use crate::uapi::{self, ublk_shmem_buf_reg};
 use crate::worker::path::DataPath;
+use crate::worker::shared::Turn;
 
 /// Memory in a file that a disk's clients and its server both map.
 ///
@@ -179,7 +180,9 @@ impl Device {
     /// [`ErrorKind::Unsupported`] unless the device was granted [`SHMEM_ZC`](Features::SHMEM_ZC) (since Linux 7.1),
     /// [`ErrorKind::WrongState`] if it is ending, [`ErrorKind::WouldDeadlock`] on one of its own threads; `EEXIST` if a
     /// part of the memory is shared already; [`ErrorKind::TimedOut`] if the backend does not answer its requests within
-    /// [`ControlOptions::patience`](crate::control::ControlOptions::patience): the memory is not shared, then or later.
+    /// [`ControlOptions::patience`](crate::control::ControlOptions::patience), or the driver not what it was asked before
+    /// about the device's memory: this memory is not shared, then or later. [`ErrorKind::Forked`] for a buffer that was made
+    /// before a fork, by the parent process: its file is inherited, its mapping is not.
     pub fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
         self.life().share(buffer)
     }
@@ -189,10 +192,16 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// As [`share`](Self::share); `ENOENT` if there is no such buffer.
+    /// As [`share`](Self::share); `ENOENT` if there is no such buffer. If [`ErrorKind::TimedOut`] does not say that the driver
+    /// was not asked, it goes on: the memory is shared until the requests that it waits for are answered.
     pub fn unshare(&self, number: u16) -> Result<()> {
         self.life().unshare(number)
     }
+}
+
+/// Nobody has begun to let go of the device: neither this process nor, by a QUIESCE, another.
+fn is_served(state: &State) -> bool {
+    state.phase == Phase::Live && state.ended() == 0
 }
 
 impl Life {
@@ -208,38 +217,47 @@ impl Life {
                 .because(format!("it was added without {wanted} (since Linux {since})"))
                 .remedy_is("require the feature when the device is built"));
         }
-        if self.lock().phase != Phase::Live {
+        if !is_served(&self.lock()) {
             return Err(fail(ErrorKind::WrongState).because("it is ending, or has ended"));
         }
-        Ok(())
+        self.failure().map_or(Ok(()), Err)
     }
 
-    /// The driver has the disk stand still until every request is answered, on a thread of ours that cannot be called
-    /// back: so it is not asked while the backend keeps one.
-    fn wait_to_share(&self, wait: &Wait) -> Result<()> {
-        if self.wait_answered_requests(wait) {
-            return Ok(());
-        }
-        Err(self.failure().unwrap_or_else(|| {
-            Error::new(ErrorKind::TimedOut, ATTEMPT).on_device(self.info.id).because(
+    /// The turn to ask the driver. It has the disk stand still until every request is answered, on a thread of ours that
+    /// cannot be called back, and with the device's lock held: so it is not asked while the backend keeps one, nor when
+    /// somebody has begun to let go of the device, who would take from the backend what it is to answer.
+    fn turn(&self) -> Result<Turn> {
+        self.may_share()?;
+        let deadline = from_now(self.control.patience());
+        let late =
+            |cause| Error::new(ErrorKind::TimedOut, ATTEMPT).on_device(self.info.id).because(cause);
+        let turn = self.shared.begin(deadline).ok_or_else(|| {
+            late("the driver was not asked: it has not come back yet from what it was asked before about the device's memory")
+        })?;
+        let answered = self.wait_answered_while(&Wait::until(deadline), is_served);
+        // Who lets go of the device changes the phase first and then waits for turns.
+        self.may_share()?;
+        match answered {
+            true => Ok(turn),
+            false => Err(late(
                 "the backend has not answered the requests that it had; the driver was not asked",
-            )
-        }))
+            )),
+        }
     }
 
     fn share(&self, buffer: &SharedBuffer) -> Result<u16> {
         self.may_share()?;
-        self.wait_to_share(&Wait::for_(self.control.patience()))?;
         let (id, len) = (self.info.id, buffer.len());
         let Some(start) = buffer.map.range(0, buffer.map.len()) else {
-            unreachable!("the whole is within")
+            return Err(Error::new(ErrorKind::Forked, ATTEMPT)
+                .on_device(id)
+                .because("the buffer was made by the process that this one was forked from, and is not mapped here")
+                .remedy_is("make it anew of its file (SharedBuffer::from_memfd)"));
         };
         let flags = if buffer.read_only { uapi::UBLK_SHMEM_BUF_READ_ONLY } else { 0 };
         let addr = start.as_ptr() as u64;
         let memory = ublk_shmem_buf_reg { addr, len, flags, reserved: 0 };
-        let registration = self.shared.begin(&buffer.map);
-        // Who lets go of the device changes the phase first and then waits for registrations.
-        self.may_share()?;
+        let registration = self.turn()?.register(&buffer.map);
         // SAFETY: the registration keeps the mapping while the driver may look at it, and the registry from then on;
         // whoever looks at requests' data in it makes raw copies.
         let number = unsafe { self.control.reg_buf_for(id, &memory, registration) };
@@ -255,35 +273,31 @@ impl Life {
     }
 
     fn unshare(&self, number: u16) -> Result<()> {
-        self.may_share()?;
-        let wait = Wait::for_(self.control.patience());
-        self.wait_to_share(&wait)?;
-        self.unregister(number, &wait)
+        let turn = self.turn()?;
+        // Of its own: what the requests have taken is not the driver's.
+        self.unregister(turn, number, &Wait::for_(self.control.patience()))
     }
 
     /// Also of a number that a former server was told.
-    fn unregister(&self, number: u16, wait: &Wait) -> Result<()> {
-        let (buffers, map) = (Arc::clone(&self.shared), self.shared.get(number));
-        self.control.unreg_buf_for(self.info.id, number.into(), wait, move || {
-            if let Some(map) = map {
-                buffers.forget(number, &map);
-            }
-        })
+    fn unregister(&self, turn: Turn, number: u16, wait: &Wait) -> Result<()> {
+        let unregistered = move || turn.unregistered(number);
+        self.control.unreg_buf_for(self.info.id, number.into(), wait, unregistered)
     }
 
     /// Has the driver forget all memory, which outlives a server otherwise: it would be another's business, who does not
     /// know it. For one who has ended the phase in which memory is shared, and has seen that requests are answered.
     pub(super) fn unshare_all(&self, deadline: Instant) -> Result<()> {
-        let late = || {
-            Error::new(ErrorKind::TimedOut, "end the sharing of memory")
-                .on_device(self.info.id)
-                .because("the driver waits for requests")
+        let turn = || {
+            self.shared.begin(deadline).ok_or_else(|| {
+                Error::new(ErrorKind::TimedOut, "end the sharing of memory")
+                    .on_device(self.info.id)
+                    .because("the driver waits for requests")
+            })
         };
-        if !self.shared.wait_settled(deadline) {
-            return Err(late());
-        }
+        // Before the first, a registration may still come to be.
+        drop(turn()?);
         for number in self.shared.numbers() {
-            match self.unregister(number, &Wait::until(deadline)) {
+            match self.unregister(turn()?, number, &Wait::until(deadline)) {
                 Err(e) if e.errno() == Some(Errno::ENOENT) => {}
                 Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
                 done => done?,

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::life::{Ending, Life, PATIENCE, Phase, from_now, identity_of};
+use super::life::{Ending, Life, PATIENCE, Phase, State, from_now, identity_of};
 use crate::control::node_watch::Watch;
 use crate::control::probe::{Probe, Sight};
 use crate::control::{DeviceState, Features, Holder, Wait};
@@ -111,6 +111,11 @@ impl Life {
     /// state, on a thread of its own STOP, never ends: the requests are aborted only when `ublkc` is closed,
     /// which the kernel thread that runs the STOP keeps open. So STOP is not begun while a request is stuck.
     pub(super) fn wait_answered_requests(&self, wait: &Wait) -> bool {
+        self.wait_answered_while(wait, |_| true)
+    }
+
+    /// The same for one who gives up as soon as the device is not as it should be.
+    pub(super) fn wait_answered_while(&self, wait: &Wait, on: impl Fn(&State) -> bool) -> bool {
         // A request's end is no event: to announce each would burden them all for the sake of this.
         const STEP: Duration = Duration::from_millis(2);
         let then = self.outstanding();
@@ -118,7 +123,11 @@ impl Life {
             if !self.still_out(&then) {
                 return true;
             }
-            if wait.is_over() || self.lock().has_failed() {
+            let on = {
+                let state = self.lock();
+                on(&state) && !state.has_failed()
+            };
+            if wait.is_over() || !on {
                 return false;
             }
             let left = wait.remaining().unwrap_or(STEP);

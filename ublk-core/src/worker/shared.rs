@@ -1,7 +1,7 @@
 //! Memory that clients of a device share with its server: which request's data lies where.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::control::Registrar;
@@ -50,11 +50,20 @@ impl Part {
 /// How long a request waits for the registration that it came by to be noted here.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// What of ours is with the driver.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum UnderWay {
+    #[default]
+    Nothing,
+    /// What makes no memory known.
+    Command,
+    Registration,
+}
+
 #[derive(Default)]
 struct Registered {
     maps: HashMap<u16, Arc<SharedMap>>,
-    /// Registrations that are with the driver.
-    under_way: u32,
+    under_way: UnderWay,
 }
 
 /// The shared memory of one device, by the driver's numbers.
@@ -65,46 +74,39 @@ pub(crate) struct SharedBuffers {
 }
 
 impl SharedBuffers {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Registered> {
+    fn lock(&self) -> MutexGuard<'_, Registered> {
         self.registered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A registration begins: until what this returns is gone, requests may come by it that is not noted yet. The driver
-    /// waits for requests meanwhile, which may be looking for their memory.
-    pub(crate) fn begin(self: &Arc<Self>, map: &Arc<SharedMap>) -> Registration {
-        self.lock().under_way += 1;
-        Registration { buffers: Arc::clone(self), map: Arc::clone(map) }
-    }
-
-    /// Waits until no registration is with the driver. False at the deadline.
-    pub(crate) fn wait_settled(&self, deadline: Instant) -> bool {
+    /// Waits until nothing is with the driver, or for the deadline.
+    fn settled(&self, deadline: Instant) -> MutexGuard<'_, Registered> {
         let left = deadline.saturating_duration_since(Instant::now());
-        let settled = self.changed.wait_timeout_while(self.lock(), left, |r| r.under_way > 0);
-        settled.unwrap_or_else(PoisonError::into_inner).0.under_way == 0
+        self.changed
+            .wait_timeout_while(self.lock(), left, |r| r.under_way != UnderWay::Nothing)
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
     }
 
-    /// Whether there are neither buffers nor registrations.
-    pub(crate) fn is_empty(&self) -> bool {
-        let registered = self.lock();
-        registered.maps.is_empty() && registered.under_way == 0
+    /// The turn of one command, once the driver has answered the former one and that is noted here: a number that is free
+    /// with the driver is another's at once. `None` at the deadline.
+    pub(crate) fn begin(self: &Arc<Self>, deadline: Instant) -> Option<Turn> {
+        let mut registered = self.settled(deadline);
+        if registered.under_way != UnderWay::Nothing {
+            return None;
+        }
+        registered.under_way = UnderWay::Command;
+        drop(registered);
+        Some(Turn(Arc::clone(self)))
+    }
+
+    /// Waits until nobody has a turn. False at the deadline.
+    pub(crate) fn wait_settled(&self, deadline: Instant) -> bool {
+        self.settled(deadline).under_way == UnderWay::Nothing
     }
 
     /// The numbers of the buffers.
     pub(crate) fn numbers(&self) -> Vec<u16> {
         self.lock().maps.keys().copied().collect()
-    }
-
-    /// The buffer that has this number.
-    pub(crate) fn get(&self, number: u16) -> Option<Arc<SharedMap>> {
-        self.lock().maps.get(&number).map(Arc::clone)
-    }
-
-    /// The driver has forgotten a buffer. Its number may be another's by now, which stays.
-    pub(crate) fn forget(&self, number: u16, map: &Arc<SharedMap>) {
-        let mut registered = self.lock();
-        if registered.maps.get(&number).is_some_and(|is| Arc::ptr_eq(is, map)) {
-            registered.maps.remove(&number);
-        }
     }
 
     /// Where the data of a request with this descriptor is. `None` if the memory is unknown: a former server's, or just
@@ -121,7 +123,8 @@ impl SharedBuffers {
         let registered = self
             .changed
             .wait_timeout_while(self.lock(), PATIENCE, |r| {
-                the_only_way && !r.maps.contains_key(&number) && r.under_way > 0
+                let noted = r.maps.contains_key(&number);
+                the_only_way && !noted && r.under_way == UnderWay::Registration
             })
             .unwrap_or_else(PoisonError::into_inner)
             .0;
@@ -131,9 +134,34 @@ impl SharedBuffers {
     }
 }
 
+/// The right to have one command with the driver. It goes with the command: whoever has it ends it when the driver has
+/// answered, which may be long after its caller has given up, or by not asking.
+pub(crate) struct Turn(Arc<SharedBuffers>);
+
+impl Turn {
+    /// For a registration: until what this returns is gone, requests may come by it that is not noted yet.
+    pub(crate) fn register(self, map: &Arc<SharedMap>) -> Registration {
+        self.0.lock().under_way = UnderWay::Registration;
+        Registration { turn: self, map: Arc::clone(map) }
+    }
+
+    /// The driver has forgotten the buffer with this number.
+    pub(crate) fn unregistered(self, number: u16) {
+        // Unmapped when nobody has to wait for that.
+        let _map = self.0.lock().maps.remove(&number);
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.0.lock().under_way = UnderWay::Nothing;
+        self.0.changed.notify_all();
+    }
+}
+
 /// A registration that is with the driver, and keeps its memory mapped.
 pub(crate) struct Registration {
-    buffers: Arc<SharedBuffers>,
+    turn: Turn,
     map: Arc<SharedMap>,
 }
 
@@ -141,22 +169,16 @@ impl Registrar for Registration {
     fn registered(&self, index: u32) {
         // The driver has no others.
         if let Ok(number) = u16::try_from(index) {
-            self.buffers.lock().maps.insert(number, Arc::clone(&self.map));
-            self.buffers.changed.notify_all();
+            let buffers = &self.turn.0;
+            buffers.lock().maps.insert(number, Arc::clone(&self.map));
+            buffers.changed.notify_all();
         }
     }
 
     fn unregistered(&self, index: u32) {
         if let Ok(number) = u16::try_from(index) {
-            self.buffers.forget(number, &self.map);
+            let _map = self.turn.0.lock().maps.remove(&number);
         }
-    }
-}
-
-impl Drop for Registration {
-    fn drop(&mut self) {
-        self.buffers.lock().under_way -= 1;
-        self.buffers.changed.notify_all();
     }
 }
 
@@ -178,47 +200,75 @@ mod tests {
         uapi::ublksrv_io_desc { addr, ..Default::default() }
     }
 
-    fn part(buffers: &SharedBuffers, number: u16, at: u32, len: u64) -> bool {
-        buffers.part_of(&desc(number, at), len, true).is_some()
+    fn part(buffers: &SharedBuffers, number: u16, at: u32, len: u64) -> Option<Part> {
+        buffers.part_of(&desc(number, at), len, true)
+    }
+
+    fn at_once(buffers: &Arc<SharedBuffers>) -> Option<Turn> {
+        buffers.begin(Instant::now())
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
     fn a_request_waits_for_a_registration_that_is_under_way() {
         let buffers = Arc::new(SharedBuffers::default());
-        assert!(!part(&buffers, 3, 0, 512), "nobody registers");
-        let map = map();
-        let registration = buffers.begin(&map);
+        assert!(part(&buffers, 3, 0, 512).is_none(), "nobody registers");
+        let registration = at_once(&buffers).unwrap().register(&map());
         assert!(!buffers.wait_settled(Instant::now()));
         let elsewhere = buffers.part_of(&desc(3, 4096), 4096, false);
         assert!(elsewhere.is_none(), "who has another way to the data does not wait");
         std::thread::scope(|scope| {
-            let request = scope.spawn(|| part(&buffers, 3, 4096, 4096));
+            let request = scope.spawn(|| part(&buffers, 3, 4096, 4096).is_some());
             registration.registered(3);
             assert!(request.join().unwrap());
         });
         drop(registration);
         assert!(buffers.wait_settled(Instant::now()));
-        assert!(part(&buffers, 3, 4096, 4096));
-        assert!(!part(&buffers, 3, 4096, 4097), "past the end");
+        assert!(part(&buffers, 3, 4096, 4096).is_some());
+        assert!(part(&buffers, 3, 4096, 4097).is_none(), "past the end");
         assert_eq!(buffers.numbers(), [3]);
-        buffers.forget(3, &map);
-        assert!(!part(&buffers, 3, 0, 512));
+        // What the driver forgets makes no memory known: it may be waiting for the very request.
+        let turn = at_once(&buffers).unwrap();
+        let begin = Instant::now();
+        assert!(part(&buffers, 4, 0, 512).is_none());
+        assert!(begin.elapsed() < PATIENCE / 2);
+        turn.unregistered(3);
+        assert!(part(&buffers, 3, 0, 512).is_none());
     }
 
     #[test]
     #[cfg_attr(miri, ignore = "Miri has no memfd")]
-    fn who_forgets_a_buffer_leaves_another_that_has_its_number_by_now() {
+    fn a_number_has_no_other_owner_before_the_end_of_the_former_one_is_noted() {
         let buffers = Arc::new(SharedBuffers::default());
-        let (old, new) = (map(), map());
-        let late = buffers.begin(&old);
-        late.registered(0);
-        // The driver has taken the old one out, and a new one in, before the first of them was noted here.
-        buffers.begin(&new).registered(0);
-        buffers.forget(0, &old);
-        late.unregistered(0);
-        assert!(buffers.get(0).is_some_and(|map| Arc::ptr_eq(&map, &new)));
-        buffers.forget(0, &new);
-        assert!(buffers.get(0).is_none());
+        let (one, other) = (map(), map());
+        let is = |map| part(&buffers, 0, 0, 512).is_some_and(|part| Arc::ptr_eq(part.map(), map));
+        at_once(&buffers).unwrap().register(&one).registered(0);
+        for next in [&one, &other] {
+            let unregistration = at_once(&buffers).unwrap();
+            // The driver has done it, and the number is free there.
+            assert!(at_once(&buffers).is_none() && is(&one));
+            std::thread::scope(|scope| {
+                let registration = scope.spawn(|| {
+                    let turn = buffers.begin(Instant::now() + PATIENCE).unwrap();
+                    let registration = turn.register(next);
+                    registration.registered(0);
+                    registration
+                });
+                unregistration.unregistered(0);
+                // Also one that is undone has its turn until then.
+                let registration = registration.join().unwrap();
+                assert!(at_once(&buffers).is_none() && is(next));
+                drop(registration);
+            });
+            assert!(buffers.wait_settled(Instant::now()));
+        }
+        let undone = at_once(&buffers).unwrap().register(&one);
+        undone.registered(1);
+        undone.unregistered(1);
+        drop(undone);
+        assert_eq!(buffers.numbers(), [0]);
+        // Who is refused or gives up ends its turn as well.
+        drop(at_once(&buffers).unwrap());
+        assert!(at_once(&buffers).is_some());
     }
 }

@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use ublk_core::control::Features;
 use ublk_core::targets::{File as FileTarget, Mem};
@@ -138,13 +139,22 @@ pub(crate) fn counting(path: DataPath, features: Features, shared: &Arc<AtomicU6
 pub(crate) struct Counted {
     file: FileTarget,
     shared: Arc<AtomicU64>,
+    /// What each request takes at least.
+    time: Duration,
 }
 
 impl Counted {
-    pub(crate) fn builder(path: &str, shared: &Arc<AtomicU64>) -> Builder {
+    pub(crate) fn builder(path: &str, shared: &Arc<AtomicU64>, time: Duration) -> Builder {
         let file = FileTarget::open(path).unwrap();
         let size = file.size();
-        Builder::new_async(size, Counted { file, shared: Arc::clone(shared) })
+        Builder::new_async(size, Counted { file, shared: Arc::clone(shared), time })
+    }
+
+    async fn begin(&self, request: &Request, ring: &Ring) {
+        self.shared.fetch_add(u64::from(request.is_shared()), Ordering::SeqCst);
+        if !self.time.is_zero() {
+            ring.sleep(self.time).await;
+        }
     }
 }
 
@@ -153,11 +163,11 @@ impl AsyncBackend for Counted {
         Capabilities::WRITE | Capabilities::FIXED_BUFFERS
     }
     async fn read(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.shared.fetch_add(u64::from(request.is_shared()), Ordering::SeqCst);
+        self.begin(request, ring).await;
         self.file.read(request, ring).await
     }
     async fn write(&self, request: &mut Request, ring: &Ring) -> io::Result<()> {
-        self.shared.fetch_add(u64::from(request.is_shared()), Ordering::SeqCst);
+        self.begin(request, ring).await;
         self.file.write(request, ring).await
     }
 }
