@@ -198,10 +198,10 @@ class Changes(Told):
 
         Raises:
             OSError: The device has not the feature; a part of the memory is shared already (EEXIST).
-            TimeoutError: The backend has not answered within 30 seconds the requests that it had, or the driver a former
-                `share` or `unshare`.
-            StateError: The device is not live; or the caller is a method of the backend, or the loop that serves it; the
-                buffer was made before a fork, by the parent process.
+            TimeoutError: The backend has not answered within 30 seconds the requests that it had, or the driver a
+                former `share` or `unshare`.
+            StateError: The device is not live; or the caller is a method of the backend, or the loop that serves it;
+                the buffer was made before a fork, by the parent process.
             KeyboardInterrupt: Ctrl-C, at once. What is shared all the same is taken back.
 
         >>> import mmap, os, ublk
