@@ -1257,7 +1257,8 @@ int ublk_rs_device_resize(ublk_rs_device *device,
  * @param number     the memory's number with this device, for ublk_rs_device_unshare()
  * @param error      NULL, or where to say what went wrong
  * @return 0; -EOPNOTSUPP without the feature, -EINVAL without the seal or for another file, -EEXIST if a part of it is
- *         shared, -ETIMEDOUT if the backend does not answer the requests that it has, -EBADFD, -EDEADLK
+ *         shared, -ETIMEDOUT if the backend does not answer the requests that it has, or the driver a former call,
+ *         -EBADFD, -EDEADLK
  */
 int ublk_rs_device_share(ublk_rs_device *device,
                          int memfd,
@@ -1274,7 +1275,8 @@ int ublk_rs_device_share(ublk_rs_device *device,
  * @param device  the device
  * @param number  what ublk_rs_device_share() has stored
  * @param error   NULL, or where to say what went wrong
- * @return 0; -ENOENT if there is none, -ETIMEDOUT as of ublk_rs_device_share(), -EBADFD, -EDEADLK
+ * @return 0; -ENOENT if there is none, -ETIMEDOUT as of ublk_rs_device_share(), or if the driver does not answer, which
+ *         then goes on with it, -EBADFD, -EDEADLK
  */
 int ublk_rs_device_unshare(ublk_rs_device *device,
                            uint32_t number,
