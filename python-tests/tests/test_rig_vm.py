@@ -21,6 +21,10 @@ def test_the_kernel_is_the_one_asked_for_and_has_ublk(guest: Guest) -> None:
     guest.run("modprobe ublk_drv && test -c /dev/ublk-control")
 
 
+def test_a_ring_of_the_agents_keeps_io_uring_from_being_patched(guest: Guest) -> None:
+    assert "anon_inode:[io_uring]" in guest.run("ls -l /proc/$PPID/fd").out
+
+
 def test_run_reports_output_status_and_environment(guest: Guest) -> None:
     done = guest.run(
         "echo out; echo err >&2; pwd; echo $ADDED; cat; exit 3",

@@ -298,7 +298,8 @@ impl Life {
         drop(turn()?);
         for number in self.shared.numbers() {
             match self.unregister(turn()?, number, &Wait::until(deadline)) {
-                Err(e) if e.errno() == Some(Errno::ENOENT) => {}
+                // Of a device that is named by its path a node that is not there has the same number.
+                Err(e) if e.kind() == ErrorKind::Io && e.errno() == Some(Errno::ENOENT) => {}
                 Err(e) if e.kind() == ErrorKind::NoSuchDevice => {}
                 done => done?,
             }
