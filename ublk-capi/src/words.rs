@@ -32,6 +32,14 @@ const WORDS: &[(&str, &str)] = &[
     ("set them first (Control::set_params)", "set them first"),
     ("and these are to be said: Builder::zoned", "and these are to be said: the option zone_bytes"),
     ("require the feature when the device is built", "set the option require to SHMEM_ZC"),
+    (
+        "recover the device first (Builder::recover)",
+        "recover the device first (ublk_rs_device_recover)",
+    ),
+    ("make it anew of its file (SharedBuffer::from_memfd)", "share its file again"),
+    ("open the driver with ControlOptions::device_paths(true)", "have it done by who serves it"),
+    (", or say where it is (ControlOptions::dev_dir)", ""),
+    (", or ask for Encoding::Ioctl", ""),
     ("delete it (Control::delete)", "delete it (ublk_rs_control_delete)"),
     (
         "open another Control in the child",

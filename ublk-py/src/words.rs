@@ -25,6 +25,14 @@ const WORDS: &[(&str, &str)] = &[
     ("set them first (Control::set_params)", "set them first"),
     ("and these are to be said: Builder::zoned", "and these are to be said: zoned="),
     ("require the feature when the device is built", "use require=[\"SHMEM_ZC\"]"),
+    ("recover the device first (Builder::recover)", "recover the device first (ublk.recover)"),
+    (
+        "make it anew of its file (SharedBuffer::from_memfd)",
+        "make it anew of its file (SharedBuffer.from_fd)",
+    ),
+    ("open the driver with ControlOptions::device_paths(true)", "have it done by who serves it"),
+    (", or say where it is (ControlOptions::dev_dir)", ""),
+    (", or ask for Encoding::Ioctl", ""),
     ("delete it (Control::delete)", "delete it (ublk.delete)"),
     ("use stop_force to pull it", "use stop_force() to pull it"),
     (
